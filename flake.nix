@@ -1,0 +1,93 @@
+{
+  description = "Lacis: a mesh VPN that is declared in a flake";
+
+  inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+
+  outputs =
+    { self, nixpkgs }:
+    let
+      inherit (nixpkgs) lib;
+      systems = [
+        "x86_64-linux"
+        "aarch64-linux"
+      ];
+      eachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
+      packagesFor = pkgs: import ./nix/packages.nix { inherit pkgs; };
+      # A module that takes its program from this flake unless the user says otherwise, so that nobody needs the overlay.
+      # The key lets `default` and a single module be imported side by side.
+      module = name: package: {
+        key = "lacis/${name}";
+        imports = [
+          ./nixos-modules/${name}.nix
+          (
+            { lib, pkgs, ... }:
+            {
+              services.lacis.${name}.package =
+                lib.mkDefault
+                  self.packages.${pkgs.stdenv.hostPlatform.system}.${package};
+            }
+          )
+        ];
+      };
+    in
+    {
+      packages = eachSystem (
+        pkgs:
+        let
+          packages = packagesFor pkgs;
+        in
+        packages // { default = packages.lacis; }
+      );
+
+      overlays.default = final: _: packagesFor final;
+
+      nixosModules = {
+        coordinator = module "coordinator" "lacis-coordinator";
+        relay = module "relay" "lacis-relay";
+        client = module "client" "lacis";
+        default.imports = [
+          self.nixosModules.coordinator
+          self.nixosModules.relay
+          self.nixosModules.client
+        ];
+      };
+
+      devShells = eachSystem (pkgs: {
+        default = pkgs.mkShell {
+          packages = with pkgs; [
+            cargo
+            rustc
+            clippy
+            rustfmt
+            rust-analyzer
+            cargo-deny
+            nftables
+            iproute2
+            iputils
+            conntrack-tools
+            iperf3
+            dnsutils
+            python3
+            curl
+          ];
+        };
+      });
+
+      formatter = eachSystem (pkgs: pkgs.nixfmt-tree);
+
+      checks = eachSystem (
+        pkgs:
+        packagesFor pkgs
+        // {
+          # The demo's topology and script, in virtual machines (needs KVM).
+          vm-demo = pkgs.testers.runNixOSTest {
+            imports = [ ./nix/vm-test.nix ];
+            _module.args = {
+              scenario = ./tests/demo;
+              packages = packagesFor pkgs;
+            };
+          };
+        }
+      );
+    };
+}

@@ -1,0 +1,162 @@
+# services.lacis.coordinator: the control plane of one or several networks.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.lacis.coordinator;
+  format = pkgs.formats.json { };
+  withoutNulls = lib.filterAttrsRecursive (_: value: value != null) cfg.settings;
+  file = format.generate "lacis-coordinator.json" withoutNulls;
+  # A bad declaration fails when the system is built, with the path and the nearest known key.
+  checked =
+    if cfg.validate && pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
+      pkgs.runCommand "lacis-coordinator-checked.json" { nativeBuildInputs = [ cfg.package ]; } ''
+        lacis-coordinator check --config ${file}
+        cp ${file} $out
+      ''
+    else
+      file;
+in
+{
+  options.services.lacis.coordinator = {
+    enable = lib.mkEnableOption "the Lacis coordinator";
+
+    package = lib.mkPackageOption pkgs "lacis-coordinator" { };
+
+    validate = lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      example = false;
+      description = "Whether to check the settings with `lacis-coordinator check` when the system is built.";
+    };
+
+    openFirewall = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      example = true;
+      description = "Whether to open the listening TCP ports and, with the embedded relay, STUN's UDP port 3478.";
+    };
+
+    settings = lib.mkOption {
+      default = { };
+      description = ''
+        The configuration of the coordinator; {command}`lacis-coordinator schema` describes every key.
+        Keys that have no option of their own here are passed on as they are and checked at build time.
+      '';
+      example = lib.literalExpression ''
+        {
+          server_url = "https://mesh.example.org";
+          tailnets.lab.domain = "lab.example.org";
+        }
+      '';
+      type = lib.types.submodule {
+        freeformType = format.type;
+        options = {
+          server_url = lib.mkOption {
+            type = lib.types.strMatching "https?://.+";
+            example = "https://mesh.example.org";
+            description = "The one URL that every client and relay reaches the coordinator at.";
+          };
+          listen = lib.mkOption {
+            type = lib.types.listOf lib.types.str;
+            default = [ "127.0.0.1:8080" ];
+            example = [
+              "0.0.0.0:443"
+              "[::]:443"
+            ];
+            description = "Addresses to listen on. The default is for a reverse proxy on the same host.";
+          };
+          state_dir = lib.mkOption {
+            type = lib.types.str;
+            default = "/var/lib/lacis-coordinator";
+            readOnly = true;
+            description = "Where database and keys live; systemd makes it.";
+          };
+          admin_socket = lib.mkOption {
+            type = lib.types.str;
+            default = "/run/lacis-coordinator/admin.sock";
+            readOnly = true;
+            description = "The socket of {command}`lacis admin`. Members of the group `lacis` may use it.";
+          };
+          tls = lib.mkOption {
+            default = null;
+            description = "Certificate and key, when no proxy terminates TLS in front. Both are read again when they change.";
+            type = lib.types.nullOr (
+              lib.types.submodule {
+                options = {
+                  cert_file = lib.mkOption {
+                    type = lib.types.str;
+                    example = "/var/lib/acme/mesh.example.org/fullchain.pem";
+                    description = "PEM file with the certificate chain.";
+                  };
+                  key_file = lib.mkOption {
+                    type = lib.types.str;
+                    example = "/var/lib/acme/mesh.example.org/key.pem";
+                    description = "PEM file with the private key, outside the Nix store.";
+                  };
+                };
+              }
+            );
+          };
+          tailnets = lib.mkOption {
+            default = { };
+            example = {
+              lab.domain = "lab.example.org";
+            };
+            description = "The networks of this coordinator, by name.";
+            type = lib.types.attrsOf (
+              lib.types.submodule {
+                freeformType = format.type;
+                options.domain = lib.mkOption {
+                  type = lib.types.nonEmptyStr;
+                  example = "lab.example.org";
+                  description = "The base domain: a node `bob` is `bob.lab.example.org`.";
+                };
+              }
+            );
+          };
+        };
+      };
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = cfg.settings.tailnets != { };
+        message = "services.lacis.coordinator.settings.tailnets is empty: declare at least one network, such as tailnets.lab.domain = \"lab.example.org\".";
+      }
+      {
+        assertion = cfg.settings.tls == null || !lib.hasPrefix builtins.storeDir cfg.settings.tls.key_file;
+        message = "services.lacis.coordinator.settings.tls.key_file is in the world-readable Nix store: give a path outside it.";
+      }
+    ];
+
+    environment.etc."lacis/coordinator.yaml".source = checked;
+    environment.systemPackages = [ cfg.package ];
+
+    users.groups.lacis = { };
+    users.users.lacis-coordinator = {
+      isSystemUser = true;
+      group = "lacis";
+      home = cfg.settings.state_dir;
+      description = "Lacis coordinator";
+    };
+
+    # The unit comes with the package; only what depends on the options is added here.
+    systemd.packages = [ cfg.package ];
+    systemd.services.lacis-coordinator = {
+      wantedBy = [ "multi-user.target" ];
+      restartTriggers = [ checked ];
+      stopIfChanged = false;
+    };
+
+    networking.firewall = lib.mkIf cfg.openFirewall {
+      allowedTCPPorts = map (address: lib.toInt (lib.last (lib.splitString ":" address))) cfg.settings.listen;
+      allowedUDPPorts = lib.optional ((cfg.settings.embedded_relay or true) != false) 3478;
+    };
+  };
+}
