@@ -60,8 +60,8 @@ fn parse_hex(kind: &'static str, prefix: &'static str, text: &str) -> Result<[u8
 
 /// Sets the bits that X25519 fixes in every private key, as all clients do when they make one.
 fn clamp(bytes: &mut [u8; KEY_LEN]) {
-    bytes[0] &= 248;
-    bytes[31] = (bytes[31] & 127) | 64;
+    bytes[0] &= 0xf8;
+    bytes[31] = (bytes[31] & 0x7f) | 0x40;
 }
 
 /// X25519, refusing the all-zero result that a low-order public key gives.
@@ -167,7 +167,6 @@ macro_rules! private_key {
             /// When the system has no random numbers to give: nothing safe can be done then.
             pub fn generate() -> Self {
                 let mut key = Self([0; KEY_LEN]);
-                #[expect(clippy::expect_used, reason = "without randomness no key may be made")]
                 getrandom::fill(&mut key.0).expect("the system gives random numbers");
                 clamp(&mut key.0);
                 key
