@@ -63,18 +63,13 @@ fn refuse_low_order(
     }
 }
 
-fn session(
-    mut state: HandshakeState,
-    peer: MachineKey,
-    version: u16,
-    client: bool,
-) -> Result<Session, NoiseError> {
+fn session(mut state: HandshakeState, peer: MachineKey, version: u16, client: bool) -> Session {
     let mut handshake_hash = [0; 32];
     handshake_hash.copy_from_slice(state.get_handshake_hash());
     let (client_to_server, server_to_client) = state.dangerously_get_raw_split();
     let (seal, open) =
         if client { (client_to_server, server_to_client) } else { (server_to_client, client_to_server) };
-    Ok(Session { peer, version, handshake_hash, sealer: Sealer::new(&seal), opener: Opener::new(&open) })
+    Session { peer, version, handshake_hash, sealer: Sealer::new(&seal), opener: Opener::new(&open) }
 }
 
 /// The client's side, waiting for the server's response.
@@ -152,7 +147,7 @@ impl Initiator {
         let message = &frame[HEADER_LEN..];
         refuse_low_order(&self.private.to_bytes(), &message[..KEY_LEN], "ephemeral")?;
         self.state.read_message(message, &mut []).map_err(NoiseError::Handshake)?;
-        session(self.state, self.server, self.version, true)
+        Ok(session(self.state, self.server, self.version, true))
     }
 }
 
@@ -216,7 +211,7 @@ impl Responder {
         frame[0] = TYPE_RESPONSE;
         frame[1..HEADER_LEN].copy_from_slice(&((RESPONSE_LEN - HEADER_LEN) as u16).to_be_bytes());
         self.state.write_message(&[], &mut frame[HEADER_LEN..]).map_err(NoiseError::Handshake)?;
-        let session = session(self.state, self.machine, self.version, false)?;
+        let session = session(self.state, self.machine, self.version, false);
         Ok((frame, session))
     }
 }

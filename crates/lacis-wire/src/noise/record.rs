@@ -11,13 +11,13 @@ use super::{HEADER_LEN, MAX_FRAME, MAX_PLAINTEXT, NoiseError, TAG_LEN, TYPE_ERRO
 
 /// One direction's cipher and counter.
 struct Direction {
-    cipher: Box<ChaCha20Poly1305>,
+    cipher: ChaCha20Poly1305,
     counter: u64,
 }
 
 impl Direction {
     fn new(key: &[u8; 32]) -> Self {
-        Self { cipher: Box::new(ChaCha20Poly1305::new(Key::from_slice(key))), counter: 0 }
+        Self { cipher: ChaCha20Poly1305::new(Key::from_slice(key)), counter: 0 }
     }
 
     fn next_nonce(&mut self) -> Result<Nonce, NoiseError> {

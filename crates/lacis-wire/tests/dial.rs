@@ -1,0 +1,336 @@
+//! The ts2021 dial against a hand-made server: what it accepts, and what it says of the rest.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use lacis_wire::io::{
+    BoxStream, ControlClient, ControlDialer, ControlUrl, DialError, client_config, encode_early,
+};
+use lacis_wire::key::{MachineKey, MachinePrivateKey};
+use lacis_wire::noise::{Responder, error_frame};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
+
+/// Reads one request's head.
+async fn head(stream: &mut BoxStream) -> Option<String> {
+    let mut text = Vec::new();
+    while !text.ends_with(b"\r\n\r\n") {
+        text.push(stream.read_u8().await.ok()?);
+    }
+    Some(String::from_utf8(text).unwrap())
+}
+
+fn initiation(head: &str) -> Vec<u8> {
+    let line = head.lines().find(|line| line.to_lowercase().starts_with("x-tailscale-handshake:")).unwrap();
+    let value = line.split_once(':').unwrap().1.trim();
+    assert_eq!(value.len(), 136);
+    base64::engine::general_purpose::STANDARD.decode(value).unwrap()
+}
+
+const SWITCH: &str =
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: tailscale-control-protocol\r\nConnection: upgrade\r\n\r\n";
+
+fn key_reply(key: MachineKey) -> String {
+    let body = format!("{{\"legacyPublicKey\":\"{}\",\"publicKey\":\"{key}\"}}", MachineKey::default());
+    ok(&body)
+}
+
+fn ok(body: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+/// A server that answers every request on a connection as `answer` says.
+async fn server<F>(answer: F) -> SocketAddr
+where
+    F: Fn(&str) -> Vec<u8> + Send + Sync + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let answer = Arc::new(answer);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let answer = Arc::clone(&answer);
+            tokio::spawn(async move {
+                let mut stream: BoxStream = Box::new(stream);
+                while let Some(head) = head(&mut stream).await {
+                    let reply = answer(&head);
+                    if stream.write_all(&reply).await.is_err() || reply.is_empty() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+async fn dial(address: SocketAddr) -> Result<lacis_wire::io::ControlStream, DialError> {
+    dialer(&format!("http://{address}")).dial(None).await
+}
+
+fn dialer(url: &str) -> ControlDialer {
+    ControlDialer::new(url, MachinePrivateKey::generate()).unwrap().timeout(Duration::from_secs(5))
+}
+
+#[tokio::test]
+async fn records_in_the_same_segment_as_the_upgrade_are_not_lost() {
+    let private = MachinePrivateKey::generate();
+    let public = private.public();
+    let address = server(move |head| {
+        if head.starts_with("GET /key?v=113 ") {
+            return key_reply(public).into_bytes();
+        }
+        assert!(head.starts_with("POST /ts2021 HTTP/1.1\r\n"));
+        let responder = Responder::read(&private, &initiation(head)).unwrap();
+        let (response, mut session) = responder.respond().unwrap();
+        let mut reply = SWITCH.as_bytes().to_vec();
+        reply.extend_from_slice(&response);
+        session.sealer.seal(b"said at once", &mut reply).unwrap();
+        reply
+    })
+    .await;
+    let mut control = dial(address).await.unwrap();
+    assert_eq!(control.server_key, public);
+    assert_eq!(control.address, address);
+    let mut text = [0; 12];
+    control.stream.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"said at once");
+}
+
+#[tokio::test]
+async fn http2_runs_behind_an_early_payload() {
+    use lacis_wire::io::NoiseStream;
+    let private = MachinePrivateKey::generate();
+    let public = private.public();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream: BoxStream = Box::new(stream);
+        let head = head(&mut stream).await.unwrap();
+        let (response, session) = Responder::read(&private, &initiation(&head)).unwrap().respond().unwrap();
+        stream.write_all(SWITCH.as_bytes()).await.unwrap();
+        let mut stream = NoiseStream::new(stream, session, &[]);
+        stream.prepend_clear(&response);
+        stream.write_all(&encode_early(b"{\"nodeKeyChallenge\":\"x\"}")).await.unwrap();
+        let service =
+            hyper::service::service_fn(|request: http::Request<hyper::body::Incoming>| async move {
+                let text = format!("{} {}", request.method(), request.uri());
+                Ok::<_, std::convert::Infallible>(http::Response::new(http_body_util::Full::new(
+                    bytes::Bytes::from(text),
+                )))
+            });
+        hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new())
+            .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+            .await
+            .unwrap();
+    });
+    let dialer = dialer(&url);
+    let control = dialer.dial(Some(public)).await.unwrap();
+    let (client, task) = ControlClient::new(dialer.url(), control).await.unwrap();
+    let reply = client.post("/machine/map", "{}").await.unwrap();
+    let body = http_body_util::BodyExt::collect(reply.into_body()).await.unwrap().to_bytes();
+    assert_eq!(body, format!("POST {url}/machine/map"));
+    assert_eq!(client.early_payload().unwrap(), b"{\"nodeKeyChallenge\":\"x\"}");
+    drop(client);
+    task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_web_server_is_told_from_a_control_server() {
+    let address = server(|_| ok("<html>hello</html>").into_bytes()).await;
+    assert_eq!(
+        dial(address).await.unwrap_err().to_string(),
+        format!(
+            "http://{address} is not a Lacis or Headscale server: its answer to /key is not that of a control server (check the URL)"
+        )
+    );
+    let address = server(|_| b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n".to_vec()).await;
+    assert_eq!(
+        dial(address).await.unwrap_err().to_string(),
+        format!(
+            "http://{address} is not a Lacis or Headscale server: it answers /key with status 404 Not Found (check the URL)"
+        )
+    );
+    let address = server(|_| b"SSH-2.0-OpenSSH_10.0\r\n".to_vec()).await;
+    let error = dial(address).await.unwrap_err().to_string();
+    assert!(error.contains("is not a Lacis or Headscale server: its answer is not HTTP"), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_drops_the_upgrade_is_explained() {
+    let public = MachinePrivateKey::generate().public();
+    let address = server(move |head| {
+        if head.starts_with("GET /key") {
+            return key_reply(public).into_bytes();
+        }
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 10\r\n\r\nno upgrade".to_vec()
+    })
+    .await;
+    assert_eq!(
+        dial(address).await.unwrap_err().to_string(),
+        format!(
+            "http://{address} refused the upgrade to the control protocol with status 400: no upgrade (a proxy in front must pass `Upgrade: tailscale-control-protocol` through)"
+        )
+    );
+}
+
+#[tokio::test]
+async fn an_error_frame_and_a_wrong_key_are_noise_failures() {
+    let public = MachinePrivateKey::generate().public();
+    let refuse = move |head: &str| {
+        if head.starts_with("GET /key") {
+            return key_reply(public).into_bytes();
+        }
+        let mut reply = SWITCH.as_bytes().to_vec();
+        reply.extend_from_slice(&error_frame("too old"));
+        reply
+    };
+    let error = dial(server(refuse).await).await.unwrap_err();
+    assert!(error.suspects_key());
+    assert!(error.to_string().ends_with("the other side refused the Noise handshake: too old"), "{error}");
+
+    let other = MachinePrivateKey::generate();
+    let imposter = move |head: &str| {
+        if head.starts_with("GET /key") {
+            return key_reply(public).into_bytes();
+        }
+        let (_, frame) = lacis_wire::noise::Initiator::new(&other, &other.public(), 113).unwrap();
+        let (response, _) = Responder::read(&other, &frame).unwrap().respond().unwrap();
+        [SWITCH.as_bytes(), &response].concat()
+    };
+    assert!(matches!(dial(server(imposter).await).await.unwrap_err(), DialError::Noise { .. }));
+}
+
+#[tokio::test]
+async fn a_refused_connection_names_the_address() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let error = dial(address).await.unwrap_err();
+    assert!(matches!(error, DialError::Connect { .. }));
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_silent_server_runs_into_the_limit() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let dialer = dialer(&url).timeout(Duration::from_millis(100));
+    assert!(matches!(dialer.fetch_key().await.unwrap_err(), DialError::Timeout { .. }));
+}
+
+/// A TLS server with its own authority; gives the address and the authority's certificate.
+async fn tls_server(
+    not_after: Option<(i32, u8, u8)>,
+) -> (SocketAddr, rustls::pki_types::CertificateDer<'static>) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(vec![]).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority_cert = authority.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    if let Some((year, month, day)) = not_after {
+        params.not_after = rcgen::date_time_ymd(year, month, day);
+    }
+    let cert = params.signed_by(&key, &issuer).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key.serialize_der().try_into().unwrap())
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else { return };
+                assert_eq!(stream.get_ref().1.alpn_protocol(), None);
+                let mut stream: BoxStream = Box::new(stream);
+                head(&mut stream).await;
+                let key = MachinePrivateKey::from_bytes([1; 32]).public();
+                let _ = stream.write_all(key_reply(key).as_bytes()).await;
+            });
+        }
+    });
+    (address, authority_cert.der().clone())
+}
+
+fn trusting(authority: rustls::pki_types::CertificateDer<'static>) -> Arc<rustls::ClientConfig> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(authority).unwrap();
+    client_config(roots, &[]).unwrap()
+}
+
+#[tokio::test]
+async fn the_key_comes_over_verified_tls() {
+    let (address, authority) = tls_server(None).await;
+    let url = format!("https://localhost:{}", address.port());
+    let key = dialer(&url).tls_config(trusting(authority.clone())).fetch_key().await.unwrap();
+    assert_eq!(key, MachinePrivateKey::from_bytes([1; 32]).public());
+
+    let (_, stranger) = tls_server(None).await;
+    let error = dialer(&url).tls_config(trusting(stranger)).fetch_key().await.unwrap_err().to_string();
+    assert!(error.starts_with("TLS with localhost failed: its certificate"), "{error}");
+
+    let url = format!("https://127.0.0.1:{}", address.port());
+    let error = dialer(&url).tls_config(trusting(authority)).fetch_key().await.unwrap_err().to_string();
+    assert!(error.starts_with("TLS with 127.0.0.1 failed: its certificate is for another name"), "{error}");
+}
+
+#[tokio::test]
+async fn an_expired_certificate_points_to_the_clock() {
+    let (address, authority) = tls_server(Some((2001, 1, 1))).await;
+    let url = format!("https://localhost:{}", address.port());
+    let error = dialer(&url).tls_config(trusting(authority)).fetch_key().await.unwrap_err().to_string();
+    assert!(error.starts_with("the certificate of localhost is expired by this host's clock"), "{error}");
+}
+
+#[tokio::test]
+async fn https_on_a_plain_port_says_that_there_is_no_tls() {
+    let address = server(|_| ok("hello").into_bytes()).await;
+    let (_, authority) = tls_server(None).await;
+    // The server waits for a head's end, so let it see one.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    drop(address);
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _ = stream.read(&mut [0; 100]).await;
+        let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+    });
+    let url = format!("https://localhost:{port}");
+    let error = dialer(&url).tls_config(trusting(authority)).fetch_key().await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "TLS with localhost failed: it does not speak TLS there (an http:// URL, or another port?)"
+    );
+}
+
+#[test]
+fn urls_are_checked_before_anything_is_dialled() {
+    let why = |url: &str| ControlUrl::parse(url).unwrap_err().to_string();
+    assert_eq!(
+        why("mesh.example.org"),
+        "the control URL \"mesh.example.org\" is not usable: it must begin with https:// or http://"
+    );
+    assert!(why("https://").contains("not usable"));
+    assert!(why("https://user:pw@host").contains("user name"));
+    assert!(why("https://host/path").contains("without a path"));
+    assert!(why("https://host:0").contains("port"));
+    assert!(why("https://host:99999").contains("not usable"));
+    let url = ControlUrl::parse("https://mesh.example.org/").unwrap();
+    assert_eq!(
+        (url.as_str(), url.port(), url.authority().as_str()),
+        ("https://mesh.example.org", 443, "mesh.example.org")
+    );
+    let url = ControlUrl::parse("http://[::1]:8080").unwrap();
+    assert_eq!((url.host(), url.port(), url.authority().as_str()), ("::1", 8080, "[::1]:8080"));
+}
