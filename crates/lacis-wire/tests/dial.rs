@@ -295,11 +295,8 @@ async fn an_expired_certificate_points_to_the_clock() {
 
 #[tokio::test]
 async fn https_on_a_plain_port_says_that_there_is_no_tls() {
-    let address = server(|_| ok("hello").into_bytes()).await;
     let (_, authority) = tls_server(None).await;
-    // The server waits for a head's end, so let it see one.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    drop(address);
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
@@ -325,7 +322,7 @@ fn urls_are_checked_before_anything_is_dialled() {
     assert!(why("https://user:pw@host").contains("user name"));
     assert!(why("https://host/path").contains("without a path"));
     assert!(why("https://host:0").contains("port"));
-    assert!(why("https://host:99999").contains("not usable"));
+    assert!(why("https://host:99999").contains("port"));
     let url = ControlUrl::parse("https://mesh.example.org/").unwrap();
     assert_eq!(
         (url.as_str(), url.port(), url.authority().as_str()),

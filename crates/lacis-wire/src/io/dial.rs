@@ -86,11 +86,14 @@ impl ControlUrl {
         if host.is_empty() {
             return Err(wrong("it names no host"));
         }
-        let port = match (authority.port(), https) {
-            (Some(port), _) if port.as_str().parse::<u16>().is_ok_and(|port| port > 0) => port.as_u16(),
-            (Some(_), _) => return Err(wrong("its port is not a number from 1 to 65535")),
-            (None, true) => 443,
-            (None, false) => 80,
+        // `Authority::port` calls a port that is out of range absent.
+        let port = match authority.as_str().strip_prefix(authority.host()).unwrap_or_default() {
+            "" if https => 443,
+            "" => 80,
+            given => match given.trim_start_matches(':').parse() {
+                Ok(port) if port > 0 => port,
+                _ => return Err(wrong("its port is not a number from 1 to 65535")),
+            },
         };
         Ok(Self { text: text.to_owned(), https, host, port })
     }
