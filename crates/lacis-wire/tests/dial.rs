@@ -1,5 +1,7 @@
 //! The ts2021 dial against a hand-made server: what it accepts, and what it says of the rest.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;

@@ -79,7 +79,7 @@ impl ControlUrl {
         if authority.as_str().contains('@') {
             return Err(wrong("it must not contain a user name or password"));
         }
-        if uri.path().trim_matches('/') != "" || uri.query().is_some() {
+        if !uri.path().trim_matches('/').is_empty() || uri.query().is_some() {
             return Err(wrong("it must end after the host and port, without a path"));
         }
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
