@@ -21,5 +21,6 @@ pub mod verify;
 
 mod buffers;
 mod error;
+mod readahead;
 
 pub use error::Error;
