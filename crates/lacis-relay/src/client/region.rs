@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub type RegionId = i64;
 
 /// The default HTTPS port of a relay.
-pub const DEFAULT_PORT: u16 = 443;
+pub(super) const DEFAULT_PORT: u16 = 443;
 /// Prefix of a `CertName` that pins the relay's certificate.
 const PIN_PREFIX: &str = "sha256-raw:";
 
