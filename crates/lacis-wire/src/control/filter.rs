@@ -1,0 +1,65 @@
+//! The packet filter as the server sends it: who may send what to this node.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::json::nullable;
+
+/// One rule: network access (`dst_ports`) or application capabilities (`cap_grant`), never both.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct FilterRule {
+    /// `*`, an address, a prefix, a range `a-b`, or `cap:NAME`.
+    #[serde(rename = "SrcIPs", deserialize_with = "nullable")]
+    pub src_ips: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    pub dst_ports: Vec<NetPortRange>,
+    /// Empty: TCP, UDP, ICMP and ICMPv6.
+    #[serde(rename = "IPProto", skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    pub ip_proto: Vec<i32>,
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    pub cap_grant: Vec<CapGrant>,
+}
+
+impl FilterRule {
+    /// Everybody to everything, as a network without a policy has it.
+    pub fn allow_all() -> Self {
+        Self {
+            src_ips: vec!["*".to_owned()],
+            dst_ports: vec![NetPortRange { ip: "*".to_owned(), ports: PortRange { first: 0, last: 65535 } }],
+            ..Self::default()
+        }
+    }
+}
+
+/// Destination addresses and ports.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct NetPortRange {
+    #[serde(rename = "IP", deserialize_with = "nullable")]
+    pub ip: String,
+    pub ports: PortRange,
+}
+
+/// Both ends belong to the range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct PortRange {
+    pub first: u16,
+    pub last: u16,
+}
+
+/// Application capabilities of the sources at these destinations.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct CapGrant {
+    #[serde(deserialize_with = "nullable")]
+    pub dsts: Vec<IpNet>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
+    pub cap_map: BTreeMap<String, Option<Vec<Value>>>,
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    pub caps: Vec<String>,
+}
