@@ -1,1 +1,18 @@
-//! lacis-coordinator
+//! The control plane: who is in the network, with which keys, addresses, names and rules.
+//!
+//! Edge: [`config`] (the file), [`serve`] (listeners, start and stop), [`keys`] (the server's own
+//! keys), [`outer`] (what anybody may ask), [`ts2021`] (Noise, then HTTP/2). Inside: [`store`]
+//! (SQLite), [`core`] (snapshots and their changes), [`inner`] (the router behind Noise), with
+//! [`register`] and [`map`], and [`admin`] (the Unix socket's router).
+
+pub mod admin;
+pub mod config;
+pub mod core;
+pub mod inner;
+pub mod keys;
+pub mod map;
+pub mod outer;
+pub mod register;
+pub mod serve;
+pub mod store;
+pub mod ts2021;

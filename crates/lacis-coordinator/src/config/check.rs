@@ -1,0 +1,91 @@
+//! What a schema cannot say: things that must fit together.
+
+use std::collections::BTreeMap;
+
+use super::position::Positions;
+use super::problem::Problem;
+use super::scalars::is_label;
+use super::types::Config;
+
+pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let mut wrong = |path: &[&str], message: String| problems.push(Problem::at(positions, path, message));
+
+    let host = config.server_url.0.host();
+    let mut domains: BTreeMap<&str, &str> = BTreeMap::new();
+    for (name, tailnet) in &config.tailnets {
+        if !is_label(name) {
+            let message = "a network's name has lower-case letters, digits and hyphens only, such as lab";
+            wrong(&["tailnets", name], message.to_owned());
+        }
+        let domain = &tailnet.domain;
+        if domain.contains(host) {
+            let message = format!(
+                "the server's own host {host:?} must not stand in a network's domain: clients would look for it inside the network"
+            );
+            wrong(&["tailnets", name, "domain"], message);
+        }
+        if let Some(other) = domains.insert(&domain.0, name) {
+            wrong(&["tailnets", name, "domain"], format!("the network {other:?} has this domain already"));
+        }
+        let dns = &tailnet.dns;
+        if dns.override_local_dns && dns.nameservers.is_empty() {
+            let message = "needs at least one entry in nameservers: clients could resolve nothing else";
+            wrong(&["tailnets", name, "dns", "override_local_dns"], message.to_owned());
+        }
+        for split in dns.split.keys() {
+            if split.parse::<super::Domain>().is_err() {
+                let message = "expected a DNS name, such as corp.example.org";
+                wrong(&["tailnets", name, "dns", "split", split], message.to_owned());
+            }
+        }
+    }
+
+    let mut regions: BTreeMap<u32, String> = BTreeMap::new();
+    let embedded = config.embedded();
+    if let Some(relay) = &embedded {
+        if !is_label(&relay.code) {
+            wrong(
+                &["embedded_relay", "code"],
+                "a region's code has lower-case letters, digits and hyphens only".to_owned(),
+            );
+        }
+        regions.insert(relay.id, relay.code.clone());
+        let ports: Vec<u16> = relay.stun_listen.iter().map(|address| address.0.port()).collect();
+        if ports.iter().any(|port| *port != ports[0]) {
+            wrong(&["embedded_relay", "stun_listen"], "all addresses must have the same port".to_owned());
+        }
+        if config.relays.contains_key(&relay.code) {
+            wrong(
+                &["relays", &relay.code],
+                "the embedded relay has this code; give it or this region another one".to_owned(),
+            );
+        }
+    } else if config.relays.is_empty() {
+        let message = "without the embedded relay at least one region is needed in relays: nodes could not reach each other";
+        wrong(&["embedded_relay"], message.to_owned());
+    }
+    let mut names: BTreeMap<&str, &str> = BTreeMap::new();
+    for (code, region) in &config.relays {
+        if !is_label(code) {
+            wrong(
+                &["relays", code],
+                "a region's code has lower-case letters, digits and hyphens only".to_owned(),
+            );
+        }
+        if let Some(other) = regions.insert(region.id, code.clone())
+            && other != *code
+        {
+            wrong(&["relays", code, "id"], format!("the region {other:?} has this id already"));
+        }
+        for (i, node) in region.nodes.iter().enumerate() {
+            let Some(name) = &node.name else { continue };
+            if let Some(other) = names.insert(name, code) {
+                let path = ["relays", code, "nodes", &i.to_string(), "name"];
+                wrong(&path, format!("a relay of the region {other:?} has this name already"));
+            }
+        }
+    }
+    problems.sort_by_key(|problem| problem.position);
+    problems
+}
