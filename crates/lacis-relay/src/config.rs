@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::Error;
+use crate::verify::VerifyUrl;
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -91,8 +92,8 @@ fn one_or_more<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         Self::parse(&text).map_err(|message| Error::Config { path: path.to_owned(), message })
     }
 
@@ -111,7 +112,7 @@ impl Config {
             return Err("listen: the list is empty, no client could connect".to_owned());
         }
         if let AdmissionConfig::VerifyUrl(url) = &config.admission {
-            lacis_wire::io::ControlUrl::parse(url).map_err(|error| format!("admission.verify_url: {error}"))?;
+            VerifyUrl::check(url).map_err(|error| format!("admission.verify_url: {error}"))?;
         }
         Ok(config)
     }

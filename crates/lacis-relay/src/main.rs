@@ -111,6 +111,10 @@ fn is_config(error: &lacis_relay::Error) -> bool {
     use lacis_relay::Error;
     matches!(
         error,
-        Error::Config { .. } | Error::Certificate { .. } | Error::KeyFile { .. } | Error::Url { .. } | Error::Tls(_)
+        Error::Config { .. }
+            | Error::Certificate { .. }
+            | Error::KeyFile { .. }
+            | Error::Url { .. }
+            | Error::Tls(_)
     )
 }

@@ -67,7 +67,8 @@ impl Service {
                 .map(|&address| listen(address).map_err(|source| Error::Bind { address, what, source }))
                 .collect()
         };
-        let stun = config.stun.iter().map(|&address| stun::Server::bind(address)).collect::<Result<Vec<_>, _>>()?;
+        let stun =
+            config.stun.iter().map(|&address| stun::Server::bind(address)).collect::<Result<Vec<_>, _>>()?;
         for server in &stun {
             server.register_metrics(&mut registry);
         }

@@ -101,7 +101,8 @@ impl Certificate {
 }
 
 fn read(cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, Error> {
-    let read = |path: &Path| std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source });
+    let read =
+        |path: &Path| std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source });
     let bad = |path: &Path, message: String| Error::Certificate { path: path.to_owned(), message };
     let chain = CertificateDer::pem_slice_iter(&read(cert_file)?)
         .collect::<Result<Vec<_>, _>>()
@@ -114,9 +115,9 @@ fn read(cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, Error> {
     let key = rustls::crypto::ring::sign::any_supported_type(&key)
         .map_err(|error| bad(key_file, error.to_string()))?;
     let certified = CertifiedKey::new(chain, key);
-    certified.keys_match().map_err(|_| {
-        bad(cert_file, format!("it does not belong to the key in {}", key_file.display()))
-    })?;
+    certified
+        .keys_match()
+        .map_err(|_| bad(cert_file, format!("it does not belong to the key in {}", key_file.display())))?;
     Ok(certified)
 }
 

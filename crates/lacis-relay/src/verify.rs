@@ -65,20 +65,19 @@ impl VerifyUrl {
     /// Asks `url`, over TLS if it is `https://` (system roots, `SSL_CERT_FILE` honoured).
     pub fn new(url: &str) -> Result<Self, Error> {
         let bad = |message: String| Error::Url { url: url.to_owned(), message };
-        let uri: http::Uri = url.parse().map_err(|error: http::uri::InvalidUri| bad(error.to_string()))?;
-        // the control URL's own rules (scheme, host, port) fit; its path is kept apart
-        let (scheme, authority) = (uri.scheme_str().unwrap_or_default(), uri.authority());
-        let authority = authority.ok_or_else(|| bad("it has no host".to_owned()))?;
-        let target =
-            ControlUrl::parse(&format!("{scheme}://{authority}")).map_err(|error| bad(chain(&error)))?;
+        let (target, path) = split(url).map_err(bad)?;
         let tls = if target.is_https() {
             let roots = native_roots().map_err(|error| bad(chain(&error)))?;
             Some(lacis_wire::io::client_config(roots, &[]).map_err(|error| bad(chain(&error)))?)
         } else {
             None
         };
-        let path = uri.path_and_query().map_or_else(|| "/verify".to_owned(), ToString::to_string);
         Ok(Self { url: url.to_owned(), target, path, tls, admitted: Mutex::default() })
+    }
+
+    /// Says what is wrong with a URL, if anything.
+    pub fn check(url: &str) -> Result<(), String> {
+        split(url).map(drop)
     }
 
     fn remembered(&self) -> std::sync::MutexGuard<'_, HashSet<NodeKey>> {
@@ -139,7 +138,8 @@ impl VerifyUrl {
             if response.status() != http::StatusCode::OK {
                 return Err(AskError::Status(response.status()));
             }
-            let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(AskError::Answer)?;
+            let body =
+                Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(AskError::Answer)?;
             let answer: serde_json::Value =
                 serde_json::from_slice(&body.to_bytes()).map_err(|error| AskError::Answer(error.into()))?;
             answer["Allow"].as_bool().ok_or_else(|| AskError::Answer("Allow is missing".into()))
@@ -158,6 +158,16 @@ impl VerifyUrl {
             }
         }
     }
+}
+
+/// A control URL's own rules fit the front (scheme, host, port); the path is kept apart.
+fn split(url: &str) -> Result<(ControlUrl, String), String> {
+    let uri: http::Uri = url.parse().map_err(|error: http::uri::InvalidUri| error.to_string())?;
+    let authority = uri.authority().ok_or("it must begin with https:// or http:// and a host")?;
+    let scheme = uri.scheme_str().unwrap_or_default();
+    let target = ControlUrl::parse(&format!("{scheme}://{authority}")).map_err(|error| chain(&error))?;
+    let path = uri.path_and_query().map_or("/verify", |path| path.as_str());
+    Ok((target, path.to_owned()))
 }
 
 impl Admission for VerifyUrl {

@@ -105,11 +105,8 @@ async fn login(
     node_key: &NodePrivateKey,
     home: bool,
 ) -> Result<RelayKey, End> {
-    let relay = loop {
-        match next(stream, decoder, input).await? {
-            Frame::ServerKey(key) => break key,
-            _ => return Err(derp::Error::Magic.into()),
-        }
+    let Frame::ServerKey(relay) = next(stream, decoder, input).await? else {
+        return Err(derp::Error::Magic.into());
     };
     let login = LoginBox::client(node_key, &relay);
     let sealed = ClientInfo::default().seal(&login, derp::random_nonce());
@@ -217,7 +214,8 @@ impl Connection<'_> {
         if closed {
             return Poll::Ready(Ok(None));
         }
-        if got >= READ_AT_ONCE { Poll::Ready(Ok(Some(()))) } else { Poll::Pending }
+        // a wait that has just begun must be polled once to be able to wake us
+        if got >= READ_AT_ONCE || self.wait.is_some() { Poll::Ready(Ok(Some(()))) } else { Poll::Pending }
     }
 
     /// Decodes all whole frames and hands the packets on as one batch.

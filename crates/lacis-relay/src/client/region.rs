@@ -2,8 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use lacis_wire::control;
+
 /// The number of a region.
-pub type RegionId = i64;
+pub type RegionId = u16;
 
 /// The default HTTPS port of a relay.
 pub(super) const DEFAULT_PORT: u16 = 443;
@@ -122,6 +124,28 @@ impl RelayNode {
     }
 }
 
+impl From<&control::DerpNode> for RelayNode {
+    fn from(node: &control::DerpNode) -> Self {
+        let by_name = Self::new(node.host_name.clone(), node.port());
+        // a host name that is an address needs no literal beside it
+        let (ipv4, ipv6) = (Family::parse(&node.ipv4), Family::parse(&node.ipv6));
+        Self {
+            name: node.name.clone(),
+            ipv4: if ipv4 == Family::Resolve { by_name.ipv4 } else { ipv4 },
+            ipv6: if ipv6 == Family::Resolve { by_name.ipv6 } else { ipv6 },
+            cert: CertCheck::parse(&node.cert_name, node.insecure_for_tests),
+            ..by_name
+        }
+    }
+}
+
+impl From<&control::DerpRegion> for RelayRegion {
+    fn from(region: &control::DerpRegion) -> Self {
+        let dialled = region.nodes.iter().filter(|node| !node.stun_only);
+        Self { id: region.region_id, nodes: dialled.map(RelayNode::from).collect() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +167,25 @@ mod tests {
         );
         assert_eq!(CertCheck::parse("sha256-raw:zz", false), CertCheck::Name("sha256-raw:zz".into()));
         assert_eq!(CertCheck::parse("x.example", true), CertCheck::Insecure);
+    }
+
+    #[test]
+    fn a_region_of_the_map_keeps_what_can_be_dialled() {
+        let node = control::DerpNode {
+            name: "900a".into(),
+            region_id: 900,
+            host_name: "192.0.2.9".into(),
+            ipv6: "2001:db8::9".into(),
+            derp_port: 8443,
+            ..control::DerpNode::default()
+        };
+        let stun = control::DerpNode { stun_only: true, ..node.clone() };
+        let region = control::DerpRegion { region_id: 900, nodes: vec![stun, node], ..Default::default() };
+        let region = RelayRegion::from(&region);
+        assert_eq!((region.id, region.nodes.len()), (900, 1));
+        assert_eq!(region.nodes[0].ipv4, Family::At(Ipv4Addr::new(192, 0, 2, 9)));
+        assert_eq!(region.nodes[0].ipv6, Family::parse("2001:db8::9"));
+        assert_eq!(region.nodes[0].port, 8443);
     }
 
     #[test]

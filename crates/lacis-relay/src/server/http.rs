@@ -49,7 +49,7 @@ async fn derp(State(relay): State<Relay>, mut request: Request) -> Response {
         match tokio::time::timeout(login_time, upgrading).await {
             Ok(Ok(upgraded)) => handle.serve(TokioIo::new(upgraded), remote).await,
             Ok(Err(error)) => {
-                tracing::debug!(%remote, error = &error as &dyn std::error::Error, "no upgrade")
+                tracing::debug!(%remote, error = &error as &dyn std::error::Error, "no upgrade");
             }
             Err(_) => tracing::debug!(%remote, "no upgrade in time"),
         }
