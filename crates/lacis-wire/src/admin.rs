@@ -1,0 +1,166 @@
+//! The administration API: what `lacis admin` and the coordinator say to each other over a Unix socket.
+//!
+//! JSON over HTTP/1.1. Every path begins with [`PREFIX`]; `{tailnet}` is a name from the configuration. Errors are
+//! [`ApiError`] with a status of 400 or more. Times are RFC 3339.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::control::{NodeId, UserId};
+
+/// All paths begin with this.
+pub const PREFIX: &str = "/admin/v1";
+
+/// Where the configuration puts the state when nothing else is said, and the socket that goes with it.
+const PACKAGED_STATE_DIR: &str = "/var/lib/lacis-coordinator";
+const PACKAGED_SOCKET: &str = "/run/lacis-coordinator/admin.sock";
+
+/// Where the socket is when the configuration does not say: the runtime folder of the packaged service, else in the
+/// state folder.
+pub fn default_socket(state_dir: &Path) -> PathBuf {
+    if state_dir == Path::new(PACKAGED_STATE_DIR) {
+        PathBuf::from(PACKAGED_SOCKET)
+    } else {
+        state_dir.join("admin.sock")
+    }
+}
+
+/// A network of this coordinator. `GET /tailnets` lists them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TailnetInfo {
+    pub name: String,
+    pub domain: String,
+    pub nodes: usize,
+    pub users: usize,
+}
+
+/// `GET /tailnets/{tailnet}/users`, `POST` with [`CreateUser`], `DELETE …/users/{name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserInfo {
+    pub id: UserId,
+    pub name: String,
+    pub display_name: String,
+    pub nodes: usize,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateUser {
+    pub name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display_name: Option<String>,
+}
+
+/// `POST /tailnets/{tailnet}/keys`: a key for one user, or for tagged nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CreateKey {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<String>,
+    pub reusable: bool,
+    pub ephemeral: bool,
+    /// Seconds until it expires; `None` is the server's default, 0 is never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expiry_seconds: Option<u64>,
+}
+
+/// `GET /tailnets/{tailnet}/keys`; `POST …/keys/{id}/expire`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyInfo {
+    /// The part of the key that may be shown.
+    pub id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    pub tags: Vec<String>,
+    pub reusable: bool,
+    pub ephemeral: bool,
+    pub used: bool,
+    pub expired: bool,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub expires: Option<OffsetDateTime>,
+}
+
+/// The answer to [`CreateKey`]: the only time that the key is told.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreatedKey {
+    pub key: String,
+    #[serde(flatten)]
+    pub info: KeyInfo,
+}
+
+impl std::fmt::Debug for CreatedKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreatedKey").field("key", &"[redacted]").field("info", &self.info).finish()
+    }
+}
+
+/// `GET /tailnets/{tailnet}/nodes`; `POST …/nodes/{node}/rename` with [`RenameNode`]; `POST …/nodes/{node}/expire`;
+/// `DELETE …/nodes/{node}`. `{node}` is an id, a name or an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    pub id: NodeId,
+    pub name: String,
+    pub fqdn: String,
+    pub hostname: String,
+    pub addresses: Vec<IpAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    pub tags: Vec<String>,
+    pub os: String,
+    pub version: String,
+    pub online: bool,
+    pub expired: bool,
+    pub ephemeral: bool,
+    pub home_derp: u16,
+    pub endpoints: Vec<std::net::SocketAddr>,
+    pub node_key: crate::key::NodeKey,
+    pub machine_key: crate::key::MachineKey,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_seen: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub key_expiry: Option<OffsetDateTime>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RenameNode {
+    pub name: String,
+}
+
+/// A node that waits for an administrator: `GET /registrations`, `POST /registrations/{id}/approve` with
+/// [`ApproveRegistration`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistrationInfo {
+    pub id: String,
+    pub hostname: String,
+    pub os: String,
+    pub machine_key: crate::key::MachineKey,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApproveRegistration {
+    pub tailnet: String,
+    pub user: String,
+}
+
+/// Why a request failed, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiError {
+    pub error: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
