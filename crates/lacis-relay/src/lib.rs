@@ -13,6 +13,7 @@
 
 pub mod client;
 pub mod config;
+pub mod readahead;
 pub mod serve;
 pub mod server;
 pub mod stun;
@@ -21,6 +22,5 @@ pub mod verify;
 
 mod buffers;
 mod error;
-mod readahead;
 
 pub use error::Error;

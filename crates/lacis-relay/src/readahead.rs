@@ -15,14 +15,15 @@ const DIRECT: usize = SIZE / 2;
 
 /// See the module's description.
 #[derive(Debug)]
-pub(crate) struct ReadAhead<S> {
+pub struct ReadAhead<S> {
     inner: S,
     buffer: Vec<u8>,
     taken: usize,
 }
 
 impl<S> ReadAhead<S> {
-    pub(crate) const fn new(inner: S) -> Self {
+    /// Reads ahead of what is asked of `inner`.
+    pub const fn new(inner: S) -> Self {
         Self { inner, buffer: Vec::new(), taken: 0 }
     }
 }

@@ -31,6 +31,7 @@ use tracing::Instrument;
 use crate::buffers::BufferPool;
 use metrics::Metrics;
 use registry::Registry;
+pub use websocket::WebSocketStream;
 
 /// The address a connection came from, which the listener puts into the request's extensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

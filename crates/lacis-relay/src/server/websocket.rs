@@ -11,13 +11,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// One binary message in each direction at a time.
 #[derive(Debug)]
-pub(super) struct WebSocketStream {
+pub struct WebSocketStream {
     socket: WebSocket,
     unread: Bytes,
 }
 
 impl WebSocketStream {
-    pub(super) const fn new(socket: WebSocket) -> Self {
+    /// The stream of this socket's binary messages.
+    pub const fn new(socket: WebSocket) -> Self {
         Self { socket, unread: Bytes::new() }
     }
 }
