@@ -193,6 +193,11 @@ impl RelayClient {
         self.shared.queue.push(frames);
     }
 
+    /// How much waits to be written: a sender that can wait keeps this below the limit and loses nothing.
+    pub fn queued_bytes(&self) -> usize {
+        self.shared.queue.bytes()
+    }
+
     /// Queues one packet.
     pub fn send_packet(&self, dst: &NodeKey, packet: &[u8]) {
         let mut frame = Vec::with_capacity(derp::SEND_PACKET_HEADER_LEN + packet.len());

@@ -90,6 +90,10 @@ impl SendQueue {
         }
     }
 
+    pub(super) fn bytes(&self) -> usize {
+        self.state().bytes
+    }
+
     pub(super) fn last_push(&self) -> Instant {
         self.state().last_push
     }
