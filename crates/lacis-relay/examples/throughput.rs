@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use lacis_relay::client::{
-    Batch, CertCheck, DialOptions, RelayClient, RelayClientConfig, RelayEvent, RelayHandler, RelayNode,
-    RelayRegion, RegionId, SEND_QUEUE_BYTES,
+    Batch, CertCheck, DialOptions, RegionId, RelayClient, RelayClientConfig, RelayEvent, RelayHandler,
+    RelayNode, RelayRegion, SEND_QUEUE_BYTES,
 };
 use lacis_relay::server::{Everybody, Limits, Relay};
 use lacis_relay::tls::Certificate;

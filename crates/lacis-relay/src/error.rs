@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file of the configuration could not be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Read {
         /// Which file.
         path: PathBuf,
@@ -15,7 +15,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file or directory of the state could not be written.
-    #[error("cannot write {path}: {source}")]
+    #[error("cannot write {path}")]
     Write {
         /// Which file or directory.
         path: PathBuf,
@@ -49,11 +49,11 @@ pub enum Error {
         message: String,
     },
     /// An address cannot be listened on.
-    #[error("cannot listen on {address} ({what}): {source}")]
+    #[error("cannot listen on {address} for {what}{}", bind_hint(source))]
     Bind {
         /// Which address.
         address: SocketAddr,
-        /// For what: `relay` or `STUN`.
+        /// For what: clients, STUN or metrics.
         what: &'static str,
         /// What the system said.
         source: std::io::Error,
@@ -69,6 +69,16 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+}
+
+/// What to do about an address that cannot be bound.
+fn bind_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => " (another program has that port: stop it, or choose another one)",
+        std::io::ErrorKind::PermissionDenied => " (ports below 1024 need CAP_NET_BIND_SERVICE)",
+        std::io::ErrorKind::AddrNotAvailable => " (this host does not have that address)",
+        _ => "",
+    }
 }
 
 /// An error and its causes on one line.

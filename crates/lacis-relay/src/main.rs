@@ -1,6 +1,7 @@
 //! `lacis-relay`: a DERP relay with STUN, as a program of its own.
 #![allow(clippy::print_stdout)] // `check` prints its finding
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -41,7 +42,8 @@ enum Command {
 fn main() -> ExitCode {
     let args = Args::parse();
     let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(level).with_ansi(colours).with_writer(std::io::stderr).init();
     let result = match args.command {
         Command::Check { config } => check(&config),
         Command::Serve { config } => match Config::load(&config) {

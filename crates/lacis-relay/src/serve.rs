@@ -73,7 +73,7 @@ impl Service {
             server.register_metrics(&mut registry);
         }
         Ok(Self {
-            listeners: bind(&config.listen, "relay")?,
+            listeners: bind(&config.listen, "clients")?,
             metrics: bind(&config.metrics, "metrics")?,
             relay,
             certificate,
