@@ -48,8 +48,8 @@ impl LoginBox {
         Self(SalsaBox::new(&crypto_box::PublicKey::from(public), &private))
     }
 
-    /// nonce ‖ tag ‖ ciphertext.
-    pub(super) fn seal(&self, nonce: [u8; NONCE_LEN], plain: &[u8]) -> Bytes {
+    /// Any document, sealed: nonce ‖ tag ‖ ciphertext. [`ClientInfo::seal`] and [`ServerInfo::seal`] make the two of the protocol.
+    pub fn seal_document(&self, nonce: [u8; NONCE_LEN], plain: &[u8]) -> Bytes {
         // XSalsa20-Poly1305 refuses only messages beyond its 256 GiB limit
         let sealed = self.0.encrypt((&nonce).into(), plain).unwrap_or_default();
         let mut out = BytesMut::with_capacity(NONCE_LEN + sealed.len());
@@ -134,7 +134,7 @@ impl ClientInfo {
         if !self.app_name.is_empty() {
             object.insert("AppName".into(), self.app_name.clone().into());
         }
-        login.seal(nonce, Value::Object(object).to_string().as_bytes())
+        login.seal_document(nonce, Value::Object(object).to_string().as_bytes())
     }
 
     /// Opens what [`Self::seal`] or a stock client made.
@@ -190,7 +190,7 @@ impl ServerInfo {
         if self.bytes_burst != 0 {
             object.insert("TokenBucketBytesBurst".into(), self.bytes_burst.into());
         }
-        login.seal(nonce, Value::Object(object).to_string().as_bytes())
+        login.seal_document(nonce, Value::Object(object).to_string().as_bytes())
     }
 
     /// Opens what [`Self::seal`] or a stock relay made.

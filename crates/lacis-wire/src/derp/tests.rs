@@ -94,7 +94,7 @@ fn login_json_is_gos_and_foreign_spellings_are_ignored() {
     let node = NodePrivateKey::from_bytes([1; 32]);
     let relay = RelayPrivateKey::from_bytes([2; 32]);
     let login = LoginBox::client(&node, &relay.public());
-    let sealed_text = |text: &str| login.seal([9; 24], text.as_bytes());
+    let sealed_text = |text: &str| login.seal_document([9; 24], text.as_bytes());
     let plain = |bytes: Bytes| String::from_utf8(login.open(&bytes).unwrap()).unwrap();
     let json: serde_json::Value =
         serde_json::from_str(&plain(ClientInfo::default().seal(&login, [1; 24]))).unwrap();
