@@ -97,10 +97,3 @@ fn drop_nulls(document: &mut Value) {
     }
     walk(document);
 }
-
-fn default_socket(state_dir: &Path) -> std::path::PathBuf {
-    if state_dir == Path::new("/var/lib/lacis-coordinator") {
-        return "/run/lacis-coordinator/admin.sock".into();
-    }
-    state_dir.join("admin.sock")
-}

@@ -1,9 +1,9 @@
 //! The control plane: who is in the network, with which keys, addresses, names and rules.
 //!
-//! Edge: [`config`] (the file), [`serve`] (listeners, start and stop), [`keys`] (the server's own
-//! keys), [`outer`] (what anybody may ask), [`ts2021`] (Noise, then HTTP/2). Inside: [`store`]
-//! (SQLite), [`core`] (snapshots and their changes), [`inner`] (the router behind Noise), with
-//! [`register`] and [`map`], and [`admin`] (the Unix socket's router).
+//! Edge: [`config`] (the file), [`serve`] (start, run, stop), [`keys`] (the server's own keys), `http1`
+//! (listeners), [`outer`] (what anybody may ask), [`ts2021`] (Noise, then HTTP/2), `admin_socket`.
+//! Inside: [`store`] (SQLite), [`core`] (snapshots and their changes), [`inner`] (the router behind
+//! Noise), with [`register`] and [`map`], and [`admin`] (the Unix socket's router).
 
 pub mod admin;
 pub mod config;
@@ -16,3 +16,11 @@ pub mod register;
 pub mod serve;
 pub mod store;
 pub mod ts2021;
+
+mod admin_socket;
+mod error;
+mod http1;
+mod proxy;
+mod unix_peer;
+
+pub use error::Error;

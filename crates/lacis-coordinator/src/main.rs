@@ -1,2 +1,140 @@
-//! placeholder
-fn main() {}
+//! `lacis-coordinator`: the control plane as a program.
+#![allow(clippy::print_stdout)] // `check` and `schema` print what they are asked for
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Parser, Subcommand};
+use lacis_coordinator::Error;
+use lacis_coordinator::config::{Config, schema};
+use lacis_coordinator::serve::Service;
+use lacis_relay::tls::Certificate;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// `EX_CONFIG` of sysexits: trying again does not help.
+const EXIT_CONFIG: u8 = 78;
+/// Everything waits on sockets; two threads serve thousands of clients and keep memory small.
+const WORKERS: usize = 2;
+
+/// Decides who is in the mesh network: keys, addresses, names and rules.
+#[derive(Debug, Parser)]
+#[command(name = "lacis-coordinator", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the coordinator until it is told to stop
+    Serve {
+        /// The configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Say whether a configuration can be used, without using it
+    Check {
+        /// The configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Print the JSON Schema of the configuration
+    Schema,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match args.command {
+        Command::Serve { config } => serve(&config),
+        Command::Check { config } => check(&config),
+        Command::Schema => print(&format!("{:#}", schema())),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            for line in error.to_string().lines() {
+                eprintln!("lacis-coordinator: {line}");
+            }
+            ExitCode::from(if error.is_config() { EXIT_CONFIG } else { 1 })
+        }
+    }
+}
+
+/// Prints a line; a reader that has gone away (`| head`) is no error.
+fn print(text: &str) -> Result<(), Error> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(source) if source.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::System { doing: "print", source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check(path: &Path) -> Result<(), Error> {
+    Config::load(path)?;
+    print(&format!("{}: the configuration can be used", path.display()))
+}
+
+fn serve(path: &Path) -> Result<(), Error> {
+    let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+    let config = Config::load(path)?;
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .enable_all()
+        .build()
+        .map_err(|source| Error::System { doing: "start the runtime", source })?;
+    runtime.block_on(run(&config))
+}
+
+async fn run(config: &Config) -> Result<(), Error> {
+    let stop = CancellationToken::new();
+    let service = Service::start(config, stop.clone()).await?;
+    let on = |kind| signal(kind).map_err(|source| Error::System { doing: "wait for signals", source });
+    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+    let mut hangup = on(SignalKind::hangup())?;
+    let certificate = service.certificate();
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => reload(certificate.as_ref()),
+            }
+        }
+        tracing::info!("stopping");
+        // Without a service manager there is nobody to tell.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        stopping.cancel();
+    });
+    tracing::info!(
+        server_url = %config.server_url, listen = ?service.addresses(), tls = config.tls.is_some(),
+        embedded_relay = config.embedded().is_some(), admin_socket = %config.admin_socket().display(),
+        "coordinator ready"
+    );
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    service.run().await
+}
+
+fn reload(certificate: Option<&Arc<Certificate>>) {
+    let Some(certificate) = certificate else { return };
+    match certificate.reload() {
+        Ok(()) => tracing::info!("certificate read again"),
+        Err(error) => tracing::error!(%error, "the new certificate cannot be used, the old one stays"),
+    }
+}
+
+/// Each client holds one descriptor or more; the usual soft limit of 1024 is for programs that use select().
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

@@ -1,1 +1,175 @@
-//! Being written.
+//! What anybody may ask, over ordinary HTTP: the server's key, the way into Noise, the relay, health.
+//!
+//! Nothing here knows a node's identity; `/machine/register` and `/machine/map` exist only in the inner
+//! router, which is reached through Noise.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, head, post};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderName, StatusCode};
+use lacis_wire::control::{DerpMap, OverTlsKeys, VerifyRequest, VerifyResponse, decode_request, to_json};
+use lacis_wire::key::MachineKey;
+use tokio::sync::Mutex;
+
+use crate::core::Core;
+use crate::ts2021::{self, Noise};
+
+/// Below this version `/key` gives nothing, as the protocol has it: such clients know no Noise.
+const FIRST_NOISE_VERSION: u32 = 39;
+/// The request is one key and one address.
+const MAX_VERIFY: usize = 4 << 10;
+/// How long the relays' resolved addresses are handed out before they are looked up again.
+const BOOTSTRAP_AGE: Duration = Duration::from_mins(10);
+/// How long the lookups may take together.
+const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Json = ([(HeaderName, &'static str); 1], Vec<u8>);
+
+fn json(body: Vec<u8>) -> Json {
+    ([(CONTENT_TYPE, "application/json")], body)
+}
+
+/// The outer router, without the relay's routes.
+pub fn router(core: Core, noise: Noise, noise_key: MachineKey, derp_map: Arc<DerpMap>) -> Router {
+    let keys = to_json(&OverTlsKeys { legacy_public_key: MachineKey::default(), public_key: noise_key });
+    let bootstrap = Arc::new(Bootstrap { derp_map, cache: Mutex::default() });
+    Router::new()
+        .route("/", get(|| async { blank() }))
+        .route("/robots.txt", get(|| async { "User-agent: *\nDisallow: /\n" }))
+        .route("/key", get(move |query| key(query, keys.clone())))
+        .route("/version", get(|| async { json(version()) }))
+        .route("/bootstrap-dns", get(move || bootstrap_dns(Arc::clone(&bootstrap))))
+        .merge(Router::new().route("/ts2021", get(ts2021::get).post(ts2021::post)).with_state(noise))
+        .merge(
+            Router::new()
+                .route("/health", get(health))
+                .route("/verify", post(verify).layer(DefaultBodyLimit::max(MAX_VERIFY)))
+                .route("/machine/ping-response", head(ping_response))
+                .with_state(core),
+        )
+}
+
+/// There is nothing to see for people who try the URL in a browser; they see that it is reachable.
+fn blank() -> Response {
+    let page = "<!doctype html><title>Lacis</title><p>This is a Lacis coordinator.</p>\n";
+    let headers = [
+        ("content-type", "text/html; charset=utf-8"),
+        ("x-frame-options", "DENY"),
+        ("x-content-type-options", "nosniff"),
+        ("referrer-policy", "no-referrer"),
+    ];
+    (headers, page).into_response()
+}
+
+#[derive(Debug, serde::Deserialize)]
+struct KeyQuery {
+    v: Option<String>,
+}
+
+async fn key(Query(query): Query<KeyQuery>, keys: Vec<u8>) -> Response {
+    match query.v.as_deref().map(str::parse::<u32>) {
+        Some(Ok(version)) if version >= FIRST_NOISE_VERSION => json(keys).into_response(),
+        Some(Ok(_)) => StatusCode::OK.into_response(),
+        _ => (StatusCode::BAD_REQUEST, "the version is missing: /key?v=NUMBER\n").into_response(),
+    }
+}
+
+fn version() -> Vec<u8> {
+    let info = serde_json::json!({
+        "name": "lacis-coordinator",
+        "version": env!("CARGO_PKG_VERSION"),
+        "minCapabilityVersion": lacis_wire::MIN_CAPABILITY_VERSION,
+    });
+    to_json(&info)
+}
+
+async fn health(State(core): State<Core>) -> Response {
+    let (status, text) = match core.health().await {
+        Ok(()) => (StatusCode::OK, "{\"status\":\"pass\"}"),
+        Err(error) => {
+            tracing::error!(%error, "not healthy");
+            (StatusCode::INTERNAL_SERVER_ERROR, "{\"status\":\"fail\"}")
+        }
+    };
+    (status, [(CONTENT_TYPE, "application/health+json"), (CACHE_CONTROL, "no-store")], text).into_response()
+}
+
+/// Relays ask whether a node may use them.
+async fn verify(State(core): State<Core>, body: Bytes) -> Response {
+    match decode_request::<VerifyRequest>(&body) {
+        Ok(request) => {
+            let allow = !request.node_public.is_zero() && core.may_relay(&request.node_public);
+            json(to_json(&VerifyResponse { allow })).into_response()
+        }
+        Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    }
+}
+
+#[derive(Debug, serde::Deserialize)]
+struct PingQuery {
+    #[serde(default)]
+    id: String,
+}
+
+/// A client answers a ping that it got in its map stream.
+async fn ping_response(State(core): State<Core>, Query(query): Query<PingQuery>) -> StatusCode {
+    if core.ping_response(&query.id) { StatusCode::OK } else { StatusCode::NOT_FOUND }
+}
+
+type Addresses = BTreeMap<String, Vec<IpAddr>>;
+
+/// The relays' names and addresses, for clients whose own DNS does not work.
+#[derive(Debug)]
+struct Bootstrap {
+    derp_map: Arc<DerpMap>,
+    cache: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
+}
+
+async fn bootstrap_dns(bootstrap: Arc<Bootstrap>) -> Json {
+    // Held while looking up: however many ask, the names are asked for once.
+    let mut cache = bootstrap.cache.lock().await;
+    if let Some((made, body)) = &*cache
+        && made.elapsed() < BOOTSTRAP_AGE
+    {
+        return json(body.to_vec());
+    }
+    let body = Arc::new(to_json(&addresses(&bootstrap.derp_map).await));
+    *cache = Some((Instant::now(), Arc::clone(&body)));
+    json(body.to_vec())
+}
+
+async fn addresses(derp_map: &DerpMap) -> Addresses {
+    let mut found = Addresses::new();
+    let nodes = derp_map.regions.values().flat_map(|region| &region.nodes);
+    let lookups = nodes.map(|node| async move {
+        let fixed: Vec<IpAddr> =
+            [&node.ipv4, &node.ipv6].into_iter().filter_map(|ip| ip.parse().ok()).collect();
+        if !fixed.is_empty() {
+            return (node.host_name.clone(), fixed);
+        }
+        let looked_up = tokio::net::lookup_host((node.host_name.as_str(), 443));
+        let addresses = match tokio::time::timeout(BOOTSTRAP_TIMEOUT, looked_up).await {
+            Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
+            _ => Vec::new(),
+        };
+        (node.host_name.clone(), addresses)
+    });
+    for (name, mut addresses) in futures_util::future::join_all(lookups).await {
+        if !addresses.is_empty() {
+            found.entry(name).or_default().append(&mut addresses);
+        }
+    }
+    for addresses in found.values_mut() {
+        addresses.sort_unstable();
+        addresses.dedup();
+    }
+    found
+}

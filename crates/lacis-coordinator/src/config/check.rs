@@ -41,7 +41,7 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> 
         }
     }
 
-    let mut regions: BTreeMap<u32, String> = BTreeMap::new();
+    let mut regions: BTreeMap<u16, String> = BTreeMap::new();
     let embedded = config.embedded();
     if let Some(relay) = &embedded {
         if !is_label(&relay.code) {

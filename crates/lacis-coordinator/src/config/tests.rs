@@ -206,3 +206,24 @@ fn every_key_of_the_schema_is_described() {
     assert!(!schema.to_string().contains("$ref"));
     walk("", &schema);
 }
+
+#[test]
+fn the_relay_map_has_the_embedded_relay_and_the_declared_ones() {
+    let map = Config::parse("c.yaml", FULL).unwrap().derp_map();
+    let json = serde_json::to_value(&map).unwrap();
+    assert_eq!(
+        json["Regions"]["901"]["Nodes"][0],
+        serde_json::json!({
+            "Name": "901a", "RegionID": 901, "HostName": "mesh.example.org", "DERPPort": 8443,
+            "STUNPort": 3479, "IPv4": "192.0.2.1"
+        })
+    );
+    assert_eq!(json["Regions"]["902"]["RegionName"], "Far away");
+    assert_eq!(
+        json["Regions"]["902"]["Nodes"][0],
+        serde_json::json!({
+            "Name": "902a", "RegionID": 902, "HostName": "relay.example.org", "DERPPort": 8443,
+            "STUNPort": -1, "IPv6": "2001:db8::1", "InsecureForTests": true
+        })
+    );
+}

@@ -17,7 +17,7 @@ const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCAL
 /// Stock relays listen for STUN here.
 const STUN_PORT: u16 = 3478;
 /// 900 to 999 are free for own relays.
-const EMBEDDED_REGION: u32 = 900;
+const EMBEDDED_REGION: u16 = 900;
 /// Ephemeral nodes may reboot or change networks within this time.
 const EPHEMERAL_TIMEOUT: Duration = Duration::from_mins(30);
 
@@ -90,7 +90,7 @@ impl Config {
     pub fn admin_socket(&self) -> std::path::PathBuf {
         match &self.admin_socket {
             Some(path) => path.0.clone(),
-            None => super::default_socket(&self.state_dir.0),
+            None => lacis_wire::admin::default_socket(&self.state_dir.0),
         }
     }
 
@@ -194,7 +194,7 @@ impl Default for EmbeddedRelay {
 pub struct EmbeddedRelaySettings {
     /// The region's number in the relay map; 900 to 999 are free for own regions.
     #[schemars(range(min = 1))]
-    pub id: u32,
+    pub id: u16,
     /// The region's short code, as `lacis netcheck` prints it.
     pub code: String,
     /// The region's name for people.
@@ -233,7 +233,7 @@ impl Default for EmbeddedRelaySettings {
 pub struct Region {
     /// Its number in the relay map, unique; 900 to 999 are free for own regions.
     #[schemars(range(min = 1))]
-    pub id: u32,
+    pub id: u16,
     /// Its name for people; the code if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String")]

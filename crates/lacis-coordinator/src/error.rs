@@ -1,0 +1,115 @@
+//! What ends the program, each in one line that says what to do.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::config::ConfigError;
+
+/// Why the coordinator does not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A listener's address cannot be had.
+    #[error("cannot listen on {address} for {what}: {source} ({})", listen_hint(source, key))]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What was to be served there.
+        what: &'static str,
+        /// The configuration's key that names the address.
+        key: &'static str,
+        /// From the system.
+        source: io::Error,
+    },
+    /// The admin socket cannot be had.
+    #[error(
+        "cannot listen on the admin socket {path}: {source} (its directory must exist and be writable; `admin_socket` in the configuration names another place)"
+    )]
+    AdminSocket {
+        /// Its path.
+        path: PathBuf,
+        /// From the system.
+        source: io::Error,
+    },
+    /// Somebody answers on the admin socket.
+    #[error("another coordinator is running: it answers on {path} (stop it first)")]
+    Running {
+        /// The admin socket or the lock file.
+        path: PathBuf,
+    },
+    /// The state directory or a file in it.
+    #[error(
+        "cannot {doing} {path}: {source} (the state directory must belong to the user that runs the coordinator)"
+    )]
+    State {
+        /// What was being done.
+        doing: &'static str,
+        /// The directory or file.
+        path: PathBuf,
+        /// From the system.
+        source: io::Error,
+    },
+    /// A key file that others may read.
+    #[error(
+        "the key {path} may be read by others (mode {mode:03o}): take that away with `chmod 600 {path}`, and replace the key if others had access"
+    )]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A key file with something else in it.
+    #[error(
+        "{path} does not hold a private key: {why} (restore it from a backup; without it every client must be set up anew, so it is not replaced)"
+    )]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A certificate, or the embedded relay.
+    #[error(transparent)]
+    Relay(#[from] lacis_relay::Error),
+    /// What the coordinator is for.
+    #[error("{0}")]
+    Core(String),
+    /// The runtime or the signals.
+    #[error("cannot {doing}: {source}")]
+    System {
+        /// What was being done.
+        doing: &'static str,
+        /// From the system.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Whether only a change of configuration or certificate files heals it.
+    pub fn is_config(&self) -> bool {
+        use lacis_relay::Error as Relay;
+        matches!(
+            self,
+            Self::Config(_) | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
+        )
+    }
+}
+
+fn listen_hint(source: &io::Error, key: &str) -> String {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => {
+            format!("another program has this port: stop it, or change `{key}` in the configuration")
+        }
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need root or the capability CAP_NET_BIND_SERVICE".to_owned()
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            format!("this host has no such address: change `{key}` in the configuration")
+        }
+        _ => format!("change `{key}` in the configuration"),
+    }
+}
