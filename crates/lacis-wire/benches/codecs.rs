@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
 use divan::counter::{BytesCount, ItemsCount};
-use divan::{AllocProfiler, Bencher};
+use divan::Bencher;
 use lacis_wire::control::{MapResponse, Node, NodeId, decode_request, to_json};
 use lacis_wire::derp::{Decoder, Frame, Role, SEND_PACKET_HEADER_LEN, write_send_packet_header};
 use lacis_wire::disco::{self, Message, SharedBox};
@@ -14,9 +14,6 @@ use lacis_wire::key::{DiscoKey, DiscoPrivateKey, MachinePrivateKey, NodeKey};
 use lacis_wire::mapframe::{self, Compression};
 use lacis_wire::noise::{Initiator, Opener, Responder, Sealer};
 use lacis_wire::stun;
-
-#[global_allocator]
-static ALLOC: AllocProfiler = AllocProfiler::system();
 
 /// A network of this size is the load test's.
 const PEERS: u16 = 400;
