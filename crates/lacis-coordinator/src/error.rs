@@ -75,9 +75,9 @@ pub enum Error {
     /// A certificate, or the embedded relay.
     #[error(transparent)]
     Relay(#[from] lacis_relay::Error),
-    /// What the coordinator is for.
-    #[error("{0}")]
-    Core(String),
+    /// The database, or what is in it.
+    #[error(transparent)]
+    Core(#[from] crate::core::Error),
     /// The runtime or the signals.
     #[error("cannot {doing}: {source}")]
     System {

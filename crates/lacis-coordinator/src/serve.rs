@@ -20,14 +20,17 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin_socket::AdminSocket;
 use crate::config::Config;
-use crate::core::Core;
+use crate::core::{self, Core};
 use crate::http1::{Listeners, listen};
 use crate::keys::StateDir;
+use crate::store::Store;
 use crate::ts2021::Noise;
 use crate::{Error, admin, inner, outer};
 
 /// How long connections may take to end at a stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Users, keys and nodes, in the state directory.
+const DATABASE: &str = "coordinator.db";
 /// OpenMetrics, as Prometheus asks for it.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -77,12 +80,17 @@ impl Service {
         }
 
         let derp_map = Arc::new(config.derp_map());
-        let core = open_core(config, &state, noise_key.public(), &derp_map).await?;
+        let core = open_core(config, &state).await?;
         let relay = match &embedded {
             Some(_) => {
                 let asked = core.clone();
                 let admission = AdmitIf(move |key: &lacis_wire::key::NodeKey| asked.may_relay(key));
-                Some(Relay::new(state.relay_key()?, Arc::new(admission), Limits::default()))
+                let relay = Relay::new(state.relay_key()?, Arc::new(admission), Limits::default());
+                let told = relay.clone();
+                core.on_revoked(move |key| {
+                    told.disconnect(key);
+                });
+                Some(relay)
             }
             None => None,
         };
@@ -94,7 +102,7 @@ impl Service {
             router = router.merge(relay.router());
         }
         let mut registry = Registry::default();
-        core.register_metrics(&mut registry);
+        core.register_metrics(registry.sub_registry_with_prefix("lacis_coordinator"));
         noise.register_metrics(&mut registry);
         if let Some(relay) = &relay {
             relay.register_metrics(&mut registry);
@@ -155,13 +163,15 @@ impl Service {
 
         stop.cancelled().await;
         tasks.close();
-        core.shutdown();
         let ended = tokio::time::timeout(STOP_TIMEOUT, async {
+            core.shutdown().await;
             if let Some(relay) = &relay {
                 relay.shutdown().await;
             }
             noise.wait().await;
             tasks.wait().await;
+            // Once more: the last sessions have left traces.
+            core.shutdown().await;
         });
         if ended.await.is_err() {
             tracing::warn!("some connections did not end in time");
@@ -218,11 +228,7 @@ async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str);
 }
 
 /// Opens the database and reads the networks' state.
-async fn open_core(
-    _config: &Config,
-    _state: &StateDir,
-    _noise_key: lacis_wire::key::MachineKey,
-    _derp_map: &lacis_wire::control::DerpMap,
-) -> Result<Core, Error> {
-    Ok(Core)
+async fn open_core(config: &Config, state: &StateDir) -> Result<Core, Error> {
+    let (store, loaded) = Store::open(state.path().join(DATABASE)).await.map_err(core::Error::Store)?;
+    Ok(Core::open(config.core(), store, loaded)?)
 }

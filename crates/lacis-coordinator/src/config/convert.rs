@@ -4,13 +4,26 @@ use std::collections::BTreeMap;
 
 use lacis_wire::control::{DerpMap, DerpNode, DerpRegion};
 
+use crate::core::{CoreConfig, TailnetConfig};
+
 use super::scalars::Ip;
-use super::types::{Config, EmbeddedRelaySettings, Region, RelayNode};
+use super::types::{Config, EmbeddedRelaySettings, Region, RelayNode, Tailnet};
 
 /// How a DERP map says that a relay has no STUN.
 const NO_STUN: i32 = -1;
 
 impl Config {
+    /// What the core is told.
+    pub fn core(&self) -> CoreConfig {
+        CoreConfig {
+            server_url: self.server_url.0.as_str().to_owned(),
+            tailnets: self.tailnets.iter().map(|(name, tailnet)| core_tailnet(name, tailnet)).collect(),
+            derp_map: self.derp_map(),
+            node_expiry: self.node_expiry.0,
+            ephemeral_timeout: self.ephemeral_timeout.0,
+        }
+    }
+
     /// The relays as clients are told of them, the embedded one among them.
     pub fn derp_map(&self) -> DerpMap {
         let mut regions = BTreeMap::new();
@@ -80,4 +93,19 @@ fn declared_node(region: u16, index: usize, node: &RelayNode) -> DerpNode {
 
 fn text(ip: Option<Ip>) -> String {
     ip.map(|ip| ip.0.to_string()).unwrap_or_default()
+}
+
+fn core_tailnet(name: &str, tailnet: &Tailnet) -> TailnetConfig {
+    let dns = &tailnet.dns;
+    let texts = |servers: &[super::Nameserver]| servers.iter().map(|server| server.0.clone()).collect();
+    TailnetConfig {
+        name: name.to_owned(),
+        domain: tailnet.domain.0.clone(),
+        magic_dns: dns.magic_dns,
+        nameservers: texts(&dns.nameservers),
+        override_local_dns: dns.override_local_dns,
+        split: dns.split.iter().map(|(suffix, servers)| (suffix.clone(), texts(servers))).collect(),
+        search_domains: dns.search_domains.iter().map(|domain| domain.0.clone()).collect(),
+        extra_records: dns.extra_records.iter().map(|record| (record.name.0.clone(), record.address.0)).collect(),
+    }
 }
