@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::response::Response;
-use http::Request;
+use axum::response::{IntoResponse as _, Response};
+use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ipnet::IpNet;
@@ -31,6 +31,8 @@ use crate::proxy::client_address;
 
 /// For a TLS handshake, and for the head of a request (also the next one on a kept connection).
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the whole of a request, its body included; an upgraded connection is answered at once.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest head of any client is about 1 KiB.
 const MAX_HEAD: usize = 16 << 10;
 /// Connections that are not upgraded (yet). A mass reconnect passes each in milliseconds.
@@ -146,7 +148,13 @@ impl Listeners {
     {
         let service = hyper::service::service_fn(|request: Request<Incoming>| {
             let client = client_address(remote, request.headers(), &self.trusted_proxies);
-            call(self.router.clone(), RemoteAddr(client), request)
+            let answer = call(self.router.clone(), RemoteAddr(client), request);
+            async move {
+                match tokio::time::timeout(REQUEST_TIMEOUT, answer).await {
+                    Ok(answer) => answer,
+                    Err(_) => Ok(StatusCode::REQUEST_TIMEOUT.into_response()),
+                }
+            }
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())

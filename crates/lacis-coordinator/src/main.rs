@@ -1,7 +1,7 @@
 //! `lacis-coordinator`: the control plane as a program.
 #![allow(clippy::print_stdout)] // `check` and `schema` print what they are asked for
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -80,7 +80,8 @@ fn check(path: &Path) -> Result<(), Error> {
 
 fn serve(path: &Path) -> Result<(), Error> {
     let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).with_ansi(colours).init();
     let config = Config::load(path)?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()

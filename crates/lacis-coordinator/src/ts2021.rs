@@ -100,18 +100,16 @@ impl Noise {
         (status, text.into()).into_response()
     }
 
-    /// Reads the client's first frame from its base64 form; the answer says why not.
-    fn handshake(&self, text: Option<&str>) -> Result<Responder, Response> {
-        let bad = |text: &str| self.refuse(StatusCode::BAD_REQUEST, text);
-        let text = text.ok_or_else(|| bad("the Noise handshake is missing\n"))?;
-        let frame = STANDARD.decode(text).map_err(|_| bad("the Noise handshake is not base64\n"))?;
-        let responder =
-            Responder::read(&self.shared.key, &frame).map_err(|error| bad(&format!("{error}\n")))?;
+    /// Reads the client's first frame from its base64 form, or says why not.
+    fn handshake(&self, text: Option<&str>) -> Result<Responder, String> {
+        let text = text.ok_or("the Noise handshake is missing\n")?;
+        let frame = STANDARD.decode(text).map_err(|_| "the Noise handshake is not base64\n")?;
+        let responder = Responder::read(&self.shared.key, &frame).map_err(|error| format!("{error}\n"))?;
         if responder.version() < MIN_CAPABILITY_VERSION {
-            return Err(bad(&format!(
+            return Err(format!(
                 "this client is too old: it speaks version {}, {MIN_CAPABILITY_VERSION} is needed (Tailscale 1.80)\n",
                 responder.version()
-            )));
+            ));
         }
         Ok(responder)
     }
@@ -214,7 +212,7 @@ pub(crate) async fn post(State(noise): State<Noise>, mut request: Request) -> Re
     }
     let responder = match noise.handshake(header(HANDSHAKE)) {
         Ok(responder) => responder,
-        Err(refusal) => return refusal,
+        Err(why) => return noise.refuse(StatusCode::BAD_REQUEST, why),
     };
     let remote = remote(&request);
     let upgrading = hyper::upgrade::on(&mut request);
@@ -257,7 +255,7 @@ pub(crate) async fn get(State(noise): State<Noise>, request: Request) -> Respons
     let handshake = query.ok().and_then(|query| query.0.handshake);
     let responder = match noise.handshake(handshake.as_deref()) {
         Ok(responder) => responder,
-        Err(refusal) => return refusal,
+        Err(why) => return noise.refuse(StatusCode::BAD_REQUEST, why),
     };
     upgrade.on_upgrade(move |socket| async move {
         noise.spawn(responder, remote, false, async move { Some(WebSocketStream::new(socket)) });
