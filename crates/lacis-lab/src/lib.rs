@@ -1,1 +1,18 @@
-//! lacis-lab
+//! Laboratory: networks of namespaces that the real programs run in, driven by scripts that run in NixOS's virtual
+//! machines too; and a load generator.
+//!
+//! A scenario is a folder in `tests/`: `topology.toml` ([`topology`]) becomes a plan with addresses and units
+//! ([`plan`]), [`run`] makes namespaces for it, [`boot`] builds it from within, and the driver (`driver/*.py`) runs
+//! the scenario's `test.py`. [`load`] stands alone: it drives any ts2021 server with simulated clients.
+
+pub mod boot;
+pub mod load;
+pub mod nat;
+pub mod net;
+pub mod pki;
+pub mod plan;
+pub mod run;
+pub mod shell;
+pub mod sys;
+pub mod topology;
+pub mod units;

@@ -1,0 +1,225 @@
+//! `lacis-lab run`: finds programs, makes namespaces, runs a scenario in them, and says how it went.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::boot::Job;
+use crate::plan::Plan;
+use crate::sys;
+use crate::topology::{Service, Topology};
+
+/// Programs of the system that every run uses, and the Debian package of each.
+const TOOLS: [(&str, &str); 6] = [
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("conntrack", "conntrack"),
+    ("ping", "iputils-ping"),
+    ("nsenter", "util-linux"),
+    ("python3", "python3"),
+];
+/// Where such programs are that an ordinary user's PATH lacks.
+const SYSTEM_PATHS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// What the command line says.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The scenario's folder, such as tests/demo
+    pub scenario: PathBuf,
+    /// Leave everything up after the script, until Ctrl-C
+    #[arg(long)]
+    pub keep: bool,
+    /// Print every command of the script
+    #[arg(long, short)]
+    pub verbose: bool,
+    /// Run it so many times, and stop at the first failure
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub runs: u32,
+    /// A stranger's program, such as tailscaled=/opt/tailscaled
+    #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
+    pub peer: Vec<(String, PathBuf)>,
+    /// A folder with strangers' programs
+    #[arg(long, value_name = "DIR")]
+    pub peers: Option<PathBuf>,
+}
+
+fn parse_peer(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("it must look like tailscaled=/opt/tailscaled")?;
+    Ok((name.to_owned(), path.into()))
+}
+
+/// Runs a scenario as often as asked.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let folder = fs::canonicalize(&arguments.scenario)
+        .with_context(|| format!("there is no scenario {}", arguments.scenario.display()))?;
+    let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).context("the scenario has no name")?;
+    let topology = Topology::load(&folder)?;
+    let script = folder.join("test.py");
+    ensure!(script.is_file(), "{} is missing", script.display());
+    let own = std::env::current_exe().context("where is this program?")?;
+    let release = own.parent().context("this program is in no folder")?.to_owned();
+
+    let peers = find_peers(arguments, &topology)?;
+    let missing: Vec<&str> = topology
+        .services()
+        .iter()
+        .flat_map(|service| service.peer_programs())
+        .filter(|program| !peers.contains_key(**program))
+        .copied()
+        .collect();
+    if !missing.is_empty() {
+        println!("SKIPPED {name}: needs {} (--peers DIR, or --peer NAME=PATH)", missing.join(", "));
+        return Ok(ExitCode::SUCCESS);
+    }
+    extend_path();
+    check_system(&topology)?;
+    let mut programs = own_programs(&release, &topology)?;
+    programs.insert("lacis-lab".to_owned(), own.clone());
+    programs.extend(peers);
+    programs.extend(build_programs(&folder, &topology)?);
+
+    let plan = Plan::new(&name, &topology)?;
+    println!("{name}: {}\n\n{}", plan.description, plan.drawing);
+    for number in 1..=arguments.runs {
+        let logs = log_folder(&release, &name, number)?;
+        let job = Job {
+            plan: plan.clone(),
+            programs: programs.clone(),
+            folder: folder.clone(),
+            logs: logs.clone(),
+            names_by_dns: topology.names_by_dns,
+            keep: arguments.keep,
+            verbose: arguments.verbose,
+        };
+        let started = Instant::now();
+        let status = confined(&own, &job)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let of = if arguments.runs > 1 { format!(" (run {number} of {})", arguments.runs) } else { String::new() };
+        if status != 0 {
+            println!("FAILED {name}{of} after {seconds:.1} s; logs: {}", logs.display());
+            return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
+        }
+        println!("PASSED {name}{of} in {seconds:.1} s");
+        let _ = fs::remove_dir_all(&logs);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn find_peers(arguments: &Arguments, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
+    if let Some(folder) = &arguments.peers {
+        let folder = fs::canonicalize(folder).with_context(|| format!("--peers {}", folder.display()))?;
+        for service in topology.services() {
+            for program in service.peer_programs() {
+                let path = folder.join(program);
+                if path.is_file() {
+                    found.insert((*program).to_owned(), path);
+                }
+            }
+        }
+    }
+    for (name, path) in &arguments.peer {
+        let path = fs::canonicalize(path).with_context(|| format!("--peer {name}={}", path.display()))?;
+        found.insert(name.clone(), path);
+    }
+    Ok(found)
+}
+
+fn own_programs(release: &Path, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
+    let mut programs = BTreeMap::new();
+    for program in topology.services().iter().flat_map(|service| service.own_programs()) {
+        let path = release.join(program);
+        ensure!(path.is_file(), "{} is not built: cargo build --release --bins", path.display());
+        programs.insert((*program).to_owned(), path);
+    }
+    Ok(programs)
+}
+
+fn build_programs(folder: &Path, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
+    let mut programs = BTreeMap::new();
+    for (name, program) in &topology.programs {
+        println!("building {name}: {}", program.build);
+        let status = Command::new("sh").arg("-ec").arg(&program.build).current_dir(folder).status()?;
+        ensure!(status.success(), "building {name} failed: {}", program.build);
+        let path = folder.join(&program.path);
+        ensure!(path.is_file(), "building {name} made no {}", path.display());
+        programs.insert(name.clone(), path);
+    }
+    Ok(programs)
+}
+
+fn extend_path() {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut folders: Vec<&str> = path.split(':').collect();
+    folders.extend(SYSTEM_PATHS.iter().filter(|folder| !path.split(':').any(|known| known == **folder)));
+    sys::set_path(&folders.join(":"));
+}
+
+fn check_system(topology: &Topology) -> Result<()> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    for (tool, package) in TOOLS {
+        if !path.split(':').any(|folder| Path::new(folder).join(tool).is_file()) {
+            bail!("{tool} is not installed: ./scripts/setup installs what the lab needs (Debian package {package})");
+        }
+    }
+    let tun = [Service::Lacisd, Service::Tailscaled].iter().any(|service| topology.services().contains(service));
+    if tun {
+        fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").context(
+            "cannot open /dev/net/tun, which the clients need (in a container: --device /dev/net/tun)",
+        )?;
+    }
+    Ok(())
+}
+
+fn log_folder(release: &Path, name: &str, number: u32) -> Result<PathBuf> {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let base = release.parent().unwrap_or(release).join("lab");
+    let folder = base.join(format!("{name}-{seconds}-{}-{number}", std::process::id()));
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// Runs a job in namespaces of its own; the exit code of its script.
+fn confined(own: &Path, job: &Job) -> Result<i32> {
+    let path = job.logs.join("job.json");
+    fs::write(&path, serde_json::to_vec_pretty(job)?)?;
+    // A process of its own does it, so that this one stays where it is.
+    let mut outer = Command::new(own);
+    outer.arg("confine").arg(&path);
+    let mut outer = sys::die_with_parent(&mut outer).spawn().context("cannot start the run")?;
+    let status = sys::wait_forwarding(&mut outer)?;
+    Ok(status.code().unwrap_or(1))
+}
+
+/// Makes the namespaces of a run and starts its first process in them.
+pub fn confine(job: &Path) -> Result<ExitCode> {
+    let own = std::env::current_exe()?;
+    let everything = libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWPID;
+    let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    if user == 0 {
+        sys::unshare(everything).context(
+            "this root may not make namespaces (a container without CAP_SYS_ADMIN?): \
+             run the lab on the machine itself, or give the container --privileged",
+        )?;
+    } else {
+        sys::unshare(everything | libc::CLONE_NEWUSER).context(
+            "ordinary users may not make namespaces here: run the lab as root, or allow them \
+             (sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0, \
+             user.max_user_namespaces above 0)",
+        )?;
+        fs::write("/proc/self/setgroups", "deny").context("cannot set up a user namespace")?;
+        fs::write("/proc/self/uid_map", format!("0 {user} 1")).context("cannot become root of a user namespace")?;
+        fs::write("/proc/self/gid_map", format!("0 {group} 1")).context("cannot become root of a user namespace")?;
+    }
+    let mut first = Command::new(own);
+    first.arg("inside").arg(job);
+    std::os::unix::process::CommandExt::process_group(&mut first, 0);
+    let mut first = sys::die_with_parent(&mut first).spawn().context("cannot start the run's first process")?;
+    fs::write(job.with_file_name("pid"), first.id().to_string())?;
+    let status = sys::wait_forwarding(&mut first)?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
