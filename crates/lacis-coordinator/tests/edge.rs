@@ -297,3 +297,40 @@ async fn a_port_in_use_is_named_with_the_way_out() {
         )
     );
 }
+
+#[tokio::test]
+async fn a_replaced_certificate_is_used_for_the_next_connection() {
+    let directory = tempfile::tempdir().unwrap();
+    let write = || {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(directory.path().join("cert.pem"), made.cert.pem()).unwrap();
+        std::fs::write(directory.path().join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(made.cert.der().clone()).unwrap();
+        roots
+    };
+    // A configuration of its own each time: a resumed session would show no certificate.
+    let trusting = |roots: &rustls::RootCertStore| lacis_wire::io::client_config(roots.clone(), &[]).unwrap();
+    let first = write();
+    let path = directory.path().display();
+    let text = format!(
+        "server_url: https://localhost\nlisten: [\"127.0.0.1:0\"]\nstate_dir: {path}/state\nmetrics_listen: \"off\"\n\
+         embedded_relay: {{ stun_listen: [] }}\ntailnets: {{ lab: {{ domain: lab.example.com }} }}\n\
+         tls: {{ cert_file: {path}/cert.pem, key_file: {path}/key.pem }}\n"
+    );
+    let stop = CancellationToken::new();
+    let service = Service::start(&Config::parse("t", &text).unwrap(), stop.clone()).await.unwrap();
+    let url = format!("https://localhost:{}", service.addresses()[0].port());
+    let certificate = service.certificate().unwrap();
+    let task = tokio::spawn(service.run());
+    let dialer = ControlDialer::new(&url, MachinePrivateKey::generate()).unwrap();
+    let control = dialer.clone().tls_config(trusting(&first)).dial(None).await.unwrap();
+    let second = write();
+    certificate.reload().unwrap();
+    let refused = dialer.clone().tls_config(trusting(&first)).fetch_key().await;
+    assert!(matches!(refused, Err(DialError::Tls { .. })));
+    let key = dialer.tls_config(trusting(&second)).fetch_key().await.unwrap();
+    assert_eq!(key, control.server_key);
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}
