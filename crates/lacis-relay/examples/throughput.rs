@@ -1,12 +1,15 @@
 //! How much a relay carries: clients in pairs over a loopback TLS relay, all in this process.
 //!
-//! `cargo run --release -p lacis-relay --example throughput -- [SECONDS [PACKET_BYTES [PAIRS [plain|tls]]]]`
+//! `cargo run --release -p lacis-relay --example throughput -- [SECONDS [PACKET_BYTES [PAIRS [plain|tls [HOST:PORT]]]]]`
+//!
+//! With HOST:PORT the relay is another one (any DERP relay, its certificate is not looked at), to compare with.
 //!
 //! Each pair's sender keeps its queue filled with buffers of 45 packets, as the packet path makes them. Printed
 //! are delivered packets and bits (payload only), what the relay dropped, and the CPU time of the whole process:
 //! two clients and the relay for each pair, kernel included.
 #![allow(clippy::print_stdout)] // a benchmark's output is its purpose
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -55,16 +58,21 @@ async fn main() -> anyhow::Result<()> {
     let plain = args.get(3).is_some_and(|kind| kind == "plain");
 
     let directory = tempfile::tempdir()?;
-    let tls = if plain { None } else { Some(certificate(directory.path())?) };
-    let relay = Relay::new(RelayPrivateKey::generate(), Arc::new(Everybody), Limits::default());
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    let port = listener.local_addr()?.port();
     let stop = CancellationToken::new();
-    let server = tokio::spawn(lacis_relay::serve::http(listener, tls, relay.router(), stop.clone()));
+    let relay = Relay::new(RelayPrivateKey::generate(), Arc::new(Everybody), Limits::default());
+    let (address, server) = if let Some(address) = args.get(4) {
+        (address.parse()?, None)
+    } else {
+        let tls = if plain { None } else { Some(certificate(directory.path())?) };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let address: SocketAddr = listener.local_addr()?;
+        let serve = lacis_relay::serve::http(listener, tls, relay.router(), stop.clone());
+        (address, Some(tokio::spawn(serve)))
+    };
 
     let count = Arc::new(Count::default());
     let client = |key: &NodePrivateKey| {
-        let mut node = RelayNode::new("127.0.0.1", port);
+        let mut node = RelayNode::new(address.ip().to_string(), address.port());
         node.cert = CertCheck::Insecure;
         let config = RelayClientConfig {
             region: RelayRegion { id: 900, nodes: vec![node] },
@@ -120,7 +128,9 @@ async fn main() -> anyhow::Result<()> {
     );
     stop.cancel();
     relay.shutdown().await;
-    server.await?;
+    if let Some(server) = server {
+        server.await?;
+    }
     Ok(())
 }
 
