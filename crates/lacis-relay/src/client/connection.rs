@@ -34,8 +34,9 @@ const READ_MIN: usize = 4 << 10;
 const WRITE_AT_ONCE: usize = 64 << 10;
 /// Parts of one write; the system takes up to 1024.
 const WRITE_PARTS: usize = 64;
-/// Rounds before other tasks get their turn.
-const ROUNDS: usize = 16;
+/// Rounds before other tasks get their turn. Few: the tasks that are to drain what a round brings may be waiting for
+/// this very thread, and their queues hold only some rounds.
+const ROUNDS: usize = 2;
 
 /// Why a connection ended or was not made.
 #[derive(Debug, thiserror::Error)]

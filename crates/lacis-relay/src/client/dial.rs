@@ -11,6 +11,7 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 
@@ -224,15 +225,23 @@ impl Dialer {
             }
         }
         let head_start = if v6.is_empty() { Duration::ZERO } else { IPV6_HEAD_START };
+        let six_failed = Notify::new();
         let (six, four) = (self.tcp_any(node, v6), async {
-            tokio::time::sleep(head_start).await;
+            // a host without IPv6 knows at once that there is nothing to wait for
+            tokio::select! {
+                () = tokio::time::sleep(head_start) => {}
+                () = six_failed.notified() => {}
+            }
             self.tcp_any(node, v4).await
         });
         tokio::pin!(six, four);
         let (first, second) = tokio::select! {
             result = &mut six => match result {
                 Ok(found) => return Ok(found),
-                Err(error) => (error, four.await),
+                Err(error) => {
+                    six_failed.notify_one();
+                    (error, four.await)
+                }
             },
             result = &mut four => match result {
                 Ok(found) => return Ok(found),

@@ -254,6 +254,38 @@ async fn a_full_handler_stops_the_reading_until_it_has_room() {
     server.stop().await;
 }
 
+#[tokio::test]
+async fn a_node_whose_ipv6_address_is_dead_is_reached_by_ipv4() {
+    let server = Server::start("127.0.0.1:0", open_relay(), None).await;
+    let mut node = node(&server);
+    node.ipv6 = Family::At(std::net::Ipv6Addr::LOCALHOST);
+    let mut a = Client::start(node, plain());
+    a.connected().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_second_node_of_a_region_is_used_when_the_first_is_down() {
+    let server = Server::start("127.0.0.1:0", open_relay(), None).await;
+    // a port that was free a moment ago
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mut client = Client::start(node(&server), plain());
+    client.connected().await;
+    let config = RelayClientConfig {
+        region: RelayRegion { id: 900, nodes: vec![RelayNode::new("127.0.0.1", dead.port()), node(&server)] },
+        node_key: NodePrivateKey::generate(),
+        home: false,
+        dial: plain(),
+        send_queue_bytes: SEND_QUEUE_BYTES,
+    };
+    let (packets, _) = mpsc::unbounded_channel();
+    let (events_tx, mut events) = mpsc::unbounded_channel();
+    let _second = RelayClient::start(config, Arc::new(Ear { packets, events: events_tx }));
+    let event = tokio::time::timeout(PATIENCE, events.recv()).await.expect("in time").unwrap();
+    assert!(matches!(event, RelayEvent::Connected { remote, .. } if remote == server.address));
+    server.stop().await;
+}
+
 mod over_tls {
     use super::*;
 

@@ -29,8 +29,9 @@ const LONGEST: usize = HEADER_LEN + KEY_LEN + derp::MAX_PACKET;
 const READ_AT_ONCE: usize = 64 << 10;
 /// Size of the borrowed read buffers.
 pub(super) const READ_BUFFER: usize = LONGEST + READ_AT_ONCE;
-/// Rounds before other tasks get their turn.
-const ROUNDS: usize = 16;
+/// Rounds before other tasks get their turn. Few: the tasks that are to drain what a round brings may be waiting for
+/// this very thread, and their queues hold only some rounds.
+const ROUNDS: usize = 2;
 /// The body limit of one client family, its key included.
 const NARROW_BODY: usize = 64 << 10;
 /// `PeerGone(NotHere)` answers: this many at once, then one a second. WireGuard retries too often to answer all.
