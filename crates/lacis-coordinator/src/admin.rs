@@ -1,1 +1,181 @@
-//! Being written.
+//! The administration API over the Unix socket: `lacis_wire::admin` has its types and paths, the core does the work.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{FromRequest, Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use lacis_wire::admin::{
+    ApiError, ApproveRegistration, CreateKey, CreateUser, CreatedKey, KeyInfo, NodeInfo, PREFIX,
+    RegistrationInfo, RenameNode, TailnetInfo, UserInfo,
+};
+
+use crate::core::tailnet::Tailnet;
+use crate::core::{AdminError, Core, now};
+
+/// Who is at the other end of the socket. The listener has checked that they may.
+#[derive(Clone, Copy, Debug)]
+pub struct AdminPeer {
+    pub uid: u32,
+    pub gid: u32,
+    pub pid: Option<i32>,
+}
+
+type Answer<T> = Result<Json<T>, Failure>;
+
+/// An error as the API says it.
+struct Failure(StatusCode, ApiError);
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<AdminError> for Failure {
+    fn from(error: AdminError) -> Self {
+        let (status, hint) = match &error {
+            AdminError::NotFound { what, .. } => {
+                (StatusCode::NOT_FOUND, Some(format!("`lacis admin {what}s list` shows what there is")))
+            }
+            AdminError::Ambiguous { .. } => (StatusCode::CONFLICT, Some("use the id".to_owned())),
+            AdminError::Exists { .. } => (StatusCode::CONFLICT, Some("choose another name".to_owned())),
+            AdminError::HasNodes { name, .. } => (
+                StatusCode::CONFLICT,
+                Some(format!("delete the nodes of {name} first: `lacis admin nodes list`")),
+            ),
+            AdminError::UserOrTags => {
+                (StatusCode::BAD_REQUEST, Some("give --user NAME or --tags tag:a,tag:b".to_owned()))
+            }
+            AdminError::BadName(_) | AdminError::BadUserName(_) | AdminError::BadTag(_) => {
+                (StatusCode::BAD_REQUEST, None)
+            }
+            AdminError::Refused(_) => (StatusCode::CONFLICT, None),
+            AdminError::Store(_) | AdminError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        Self(status, ApiError { error: error.to_string(), hint })
+    }
+}
+
+/// A JSON body whose faults are told in the API's own form.
+struct Body<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: axum::extract::Request, state: &S) -> Result<Self, Failure> {
+        let body: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
+        match body {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(error) => Err(Failure(error.status(), ApiError { error: error.body_text(), hint: None })),
+        }
+    }
+}
+
+fn tailnet<'a>(core: &'a Core, name: &str) -> Result<&'a Arc<Tailnet>, Failure> {
+    core.tailnet(name).ok_or_else(|| AdminError::NotFound { what: "tailnet", name: name.to_owned() }.into())
+}
+
+/// All of the API.
+pub fn router(core: Core) -> Router {
+    let routes = Router::new()
+        .route("/tailnets", get(list_tailnets))
+        .route("/tailnets/{tailnet}/users", get(list_users).post(create_user))
+        .route("/tailnets/{tailnet}/users/{user}", delete(delete_user))
+        .route("/tailnets/{tailnet}/keys", get(list_keys).post(create_key))
+        .route("/tailnets/{tailnet}/keys/{key}/expire", post(expire_key))
+        .route("/tailnets/{tailnet}/nodes", get(list_nodes))
+        .route("/tailnets/{tailnet}/nodes/{node}", get(show_node).delete(delete_node))
+        .route("/tailnets/{tailnet}/nodes/{node}/rename", post(rename_node))
+        .route("/tailnets/{tailnet}/nodes/{node}/expire", post(expire_node))
+        .route("/registrations", get(list_registrations))
+        .route("/registrations/{id}/approve", post(approve))
+        .with_state(core);
+    Router::new().nest(PREFIX, routes).fallback(|| async {
+        Failure(StatusCode::NOT_FOUND, ApiError { error: "no such path in this API".to_owned(), hint: None })
+    })
+}
+
+async fn list_tailnets(State(core): State<Core>) -> Json<Vec<TailnetInfo>> {
+    Json(core.list_tailnets())
+}
+
+async fn list_users(State(core): State<Core>, Path(name): Path<String>) -> Answer<Vec<UserInfo>> {
+    Ok(Json(core.list_users(tailnet(&core, &name)?)))
+}
+
+async fn create_user(
+    State(core): State<Core>,
+    Path(name): Path<String>,
+    Body(wish): Body<CreateUser>,
+) -> Answer<UserInfo> {
+    let tailnet = tailnet(&core, &name)?;
+    Ok(Json(core.create_user(tailnet, &wish.name, wish.display_name.as_deref()).await?))
+}
+
+async fn delete_user(State(core): State<Core>, Path((name, user)): Path<(String, String)>) -> Answer<()> {
+    Ok(Json(core.delete_user(tailnet(&core, &name)?, &user).await?))
+}
+
+async fn list_keys(State(core): State<Core>, Path(name): Path<String>) -> Answer<Vec<KeyInfo>> {
+    Ok(Json(core.list_keys(tailnet(&core, &name)?)))
+}
+
+async fn create_key(
+    State(core): State<Core>,
+    Path(name): Path<String>,
+    Body(wish): Body<CreateKey>,
+) -> Answer<CreatedKey> {
+    Ok(Json(core.create_key(tailnet(&core, &name)?, &wish).await?))
+}
+
+async fn expire_key(State(core): State<Core>, Path((name, key)): Path<(String, String)>) -> Answer<()> {
+    Ok(Json(core.expire_key(tailnet(&core, &name)?, &key).await?))
+}
+
+async fn list_nodes(State(core): State<Core>, Path(name): Path<String>) -> Answer<Vec<NodeInfo>> {
+    Ok(Json(core.list_nodes(tailnet(&core, &name)?)))
+}
+
+async fn show_node(State(core): State<Core>, Path((name, node)): Path<(String, String)>) -> Answer<NodeInfo> {
+    let tailnet = tailnet(&core, &name)?;
+    Ok(Json(core.node_info(tailnet, &*core.node_meant(tailnet, &node)?)))
+}
+
+async fn rename_node(
+    State(core): State<Core>,
+    Path((name, node)): Path<(String, String)>,
+    Body(wish): Body<RenameNode>,
+) -> Answer<NodeInfo> {
+    let tailnet = tailnet(&core, &name)?;
+    let node = core.node_meant(tailnet, &node)?;
+    Ok(Json(core.rename_node(tailnet, &node, &wish.name).await?))
+}
+
+async fn expire_node(State(core): State<Core>, Path((name, node)): Path<(String, String)>) -> Answer<()> {
+    let tailnet = tailnet(&core, &name)?;
+    let node = core.node_meant(tailnet, &node)?;
+    Ok(Json(core.expire(tailnet, &node, now()).await.map_err(AdminError::from)?))
+}
+
+async fn delete_node(State(core): State<Core>, Path((name, node)): Path<(String, String)>) -> Answer<()> {
+    let tailnet = tailnet(&core, &name)?;
+    let node = core.node_meant(tailnet, &node)?;
+    Ok(Json(core.delete_node(tailnet, &node).await.map_err(AdminError::from)?))
+}
+
+async fn list_registrations(State(core): State<Core>) -> Json<Vec<RegistrationInfo>> {
+    Json(core.list_registrations())
+}
+
+async fn approve(
+    State(core): State<Core>,
+    Path(id): Path<String>,
+    Body(wish): Body<ApproveRegistration>,
+) -> Answer<NodeInfo> {
+    let tailnet = tailnet(&core, &wish.tailnet)?;
+    Ok(Json(core.approve_registration(&id, tailnet, &wish.user).await?))
+}

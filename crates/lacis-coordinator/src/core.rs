@@ -1,1 +1,305 @@
-//! Being written.
+//! The heart of the coordinator: which networks there are, who is in them, and who must hear of a change.
+//!
+//! A change goes this way: it is prepared under the network's lock (names and addresses are taken), written in one
+//! transaction where it must last, then published: a new record, a new snapshot, an entry in the log. Map streams wait
+//! for the log to grow ([`session`]). What a node says of itself (endpoints, home relay) is published at once and
+//! written later, since losing it costs nothing.
+
+pub mod addresses;
+mod admin;
+pub mod auth_key;
+mod frames;
+mod janitor;
+pub mod names;
+mod pending;
+pub mod record;
+pub mod registration;
+mod session;
+pub mod tailnet;
+mod update;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lacis_wire::control::{DerpMap, DnsConfig, DnsRecord, DnsResolver, NodeId};
+use lacis_wire::key::{MachineKey, NodeKey};
+use tokio_util::sync::CancellationToken;
+
+pub use admin::AdminError;
+pub use pending::Registered;
+pub use session::{Next, Subscription};
+
+use crate::store::{self, AuthKeyRow, Loaded, Store};
+use record::{NodeRecord, UserRecord};
+use tailnet::{Settings, Tailnet};
+
+/// Registrations of one machine wait for each other; different machines mostly do not.
+const MACHINE_LOCKS: usize = 64;
+
+/// What the core is told of the configuration.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// Without a slash at its end.
+    pub server_url: String,
+    pub tailnets: Vec<TailnetConfig>,
+    pub derp_map: DerpMap,
+    /// How long a user's node may use its key; `None` is for ever.
+    pub node_expiry: Option<Duration>,
+    /// How long an ephemeral node may be away before it is deleted.
+    pub ephemeral_timeout: Duration,
+}
+
+/// One network of the configuration.
+#[derive(Clone, Debug)]
+pub struct TailnetConfig {
+    pub name: String,
+    pub domain: String,
+    pub magic_dns: bool,
+    pub nameservers: Vec<String>,
+    pub override_local_dns: bool,
+    pub split: BTreeMap<String, Vec<String>>,
+    pub search_domains: Vec<String>,
+    pub extra_records: Vec<(String, IpAddr)>,
+}
+
+/// Reverse zones of the address ranges: answered by the clients, never forwarded.
+const IPV6_REVERSE_ZONE: &str = "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa";
+const IPV4_REVERSE_ZONES: std::ops::Range<u8> = 64..128;
+
+impl TailnetConfig {
+    fn dns(&self) -> DnsConfig {
+        let resolvers = |addresses: &[String]| -> Vec<DnsResolver> {
+            addresses
+                .iter()
+                .map(|addr| DnsResolver { addr: addr.clone(), ..DnsResolver::default() })
+                .collect()
+        };
+        let mut routes: BTreeMap<_, _> =
+            self.split.iter().map(|(suffix, addresses)| (suffix.clone(), resolvers(addresses))).collect();
+        if self.magic_dns {
+            routes.insert(IPV6_REVERSE_ZONE.to_owned(), Vec::new());
+            routes.extend(IPV4_REVERSE_ZONES.map(|net| (format!("{net}.100.in-addr.arpa"), Vec::new())));
+        }
+        let global = resolvers(&self.nameservers);
+        let (resolvers, fallback_resolvers) =
+            if self.override_local_dns { (global, Vec::new()) } else { (Vec::new(), global) };
+        DnsConfig {
+            resolvers,
+            fallback_resolvers,
+            routes,
+            domains: std::iter::once(&self.domain).chain(&self.search_domains).cloned().collect(),
+            proxied: self.magic_dns,
+            extra_records: self
+                .extra_records
+                .iter()
+                .map(|(name, address)| DnsRecord {
+                    name: name.clone(),
+                    r#type: if address.is_ipv4() { "A" } else { "AAAA" }.to_owned(),
+                    value: address.to_string(),
+                })
+                .collect(),
+            ..DnsConfig::default()
+        }
+    }
+}
+
+/// Why the core could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(
+        "the database has nodes of the tailnet {tailnet:?}, which the configuration no longer names; \
+         put it back, or delete its nodes first"
+    )]
+    UnknownTailnet { tailnet: String },
+    #[error("encoding the configuration: {0}")]
+    Encode(#[from] serde_json::Error),
+}
+
+struct Inner {
+    config: CoreConfig,
+    store: Store,
+    tailnets: BTreeMap<String, Arc<Tailnet>>,
+    /// Where a node key belongs: keys are unique over all networks.
+    by_key: RwLock<HashMap<NodeKey, (Arc<Tailnet>, NodeId)>>,
+    auth_keys: Mutex<HashMap<String, AuthKeyRow>>,
+    machines: [tokio::sync::Mutex<()>; MACHINE_LOCKS],
+    pending: pending::Pending,
+    last_user: AtomicI64,
+    last_node: AtomicI64,
+    /// Told when a node key may no longer be used.
+    on_revoked: OnceLock<Box<dyn Fn(&NodeKey) + Send + Sync>>,
+    registrations: prometheus_client::metrics::counter::Counter,
+    streams: prometheus_client::metrics::gauge::Gauge<i64, AtomicI64>,
+    frames: prometheus_client::metrics::counter::Counter<u64, AtomicU64>,
+    token: CancellationToken,
+}
+
+/// Handle to the core; cheap to clone.
+#[derive(Clone)]
+pub struct Core(Arc<Inner>);
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core").field("tailnets", &self.0.tailnets.keys()).finish_non_exhaustive()
+    }
+}
+
+/// Unix seconds.
+pub(crate) fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+impl Core {
+    /// Starts with what the database held.
+    ///
+    /// # Errors
+    /// When the database names a network that the configuration does not.
+    pub fn open(config: CoreConfig, store: Store, loaded: Loaded) -> Result<Self, Error> {
+        let derp_map = serde_json::value::to_raw_value(&config.derp_map)?;
+        let mut users: HashMap<String, Vec<UserRecord>> = HashMap::new();
+        for user in loaded.users {
+            users.entry(user.tailnet.clone()).or_default().push(user.into());
+        }
+        let mut nodes: HashMap<String, Vec<NodeRecord>> = HashMap::new();
+        let started = now();
+        for row in loaded.nodes {
+            let tailnet = row.tailnet.clone();
+            let mut node = NodeRecord::from_row(row);
+            node.expired = node.is_expired_at(started);
+            nodes.entry(tailnet).or_default().push(node);
+        }
+        let mut tailnets = BTreeMap::new();
+        let mut by_key = HashMap::new();
+        for tailnet in &config.tailnets {
+            let settings = Settings {
+                name: tailnet.name.clone(),
+                domain: tailnet.domain.clone(),
+                derp_map: derp_map.clone(),
+                dns: serde_json::value::to_raw_value(&tailnet.dns())?,
+            };
+            let nodes = nodes.remove(&tailnet.name).unwrap_or_default();
+            let ids: Vec<_> = nodes.iter().map(|node| (node.node_key, node.id)).collect();
+            let network =
+                Arc::new(Tailnet::new(settings, users.remove(&tailnet.name).unwrap_or_default(), nodes));
+            // All nodes are away at the start; ephemeral ones have their time to come back.
+            network.lock().state.leaving = ids.iter().map(|(_, id)| (*id, started)).collect();
+            by_key.extend(ids.into_iter().map(|(key, id)| (key, (Arc::clone(&network), id))));
+            tailnets.insert(tailnet.name.clone(), network);
+        }
+        if let Some(tailnet) = nodes.into_keys().next() {
+            return Err(Error::UnknownTailnet { tailnet });
+        }
+        let core = Self(Arc::new(Inner {
+            config,
+            store,
+            tailnets,
+            by_key: RwLock::new(by_key),
+            auth_keys: Mutex::new(loaded.keys.into_iter().map(|key| (key.id.clone(), key)).collect()),
+            machines: std::array::from_fn(|_| tokio::sync::Mutex::new(())),
+            pending: pending::Pending::default(),
+            last_user: AtomicI64::new(loaded.last_user),
+            last_node: AtomicI64::new(loaded.last_node),
+            on_revoked: OnceLock::new(),
+            registrations: prometheus_client::metrics::counter::Counter::default(),
+            streams: prometheus_client::metrics::gauge::Gauge::default(),
+            frames: prometheus_client::metrics::counter::Counter::default(),
+            token: CancellationToken::new(),
+        }));
+        tokio::spawn(janitor::run(core.clone()));
+        Ok(core)
+    }
+
+    /// Whom to tell when a node key may no longer be used (the embedded relay closes its connections).
+    pub fn on_revoked(&self, tell: impl Fn(&NodeKey) + Send + Sync + 'static) {
+        if self.0.on_revoked.set(Box::new(tell)).is_err() {
+            tracing::debug!("somebody is told of revoked keys already");
+        }
+    }
+
+    pub(crate) fn revoked(&self, key: &NodeKey) {
+        if let Some(tell) = self.0.on_revoked.get() {
+            tell(key);
+        }
+    }
+
+    /// May this node use our relays? Every node that is known may, an expired one included: it must reach us to
+    /// sign in again.
+    pub fn may_relay(&self, key: &NodeKey) -> bool {
+        self.find(key).is_some()
+    }
+
+    /// The node of this key, and its network.
+    pub fn find(&self, key: &NodeKey) -> Option<(Arc<Tailnet>, Arc<NodeRecord>)> {
+        let (tailnet, id) = {
+            let index = self.0.by_key.read().unwrap_or_else(PoisonError::into_inner);
+            let (tailnet, id) = index.get(key)?;
+            (Arc::clone(tailnet), *id)
+        };
+        let node = tailnet.snapshot().node(id).cloned()?;
+        (node.node_key == *key).then_some((tailnet, node))
+    }
+
+    /// The same, if it belongs to that machine. Node keys are public: alone they prove nothing.
+    pub fn find_for(&self, key: &NodeKey, machine: &MachineKey) -> Option<(Arc<Tailnet>, Arc<NodeRecord>)> {
+        self.find(key).filter(|(_, node)| node.machine_key == *machine)
+    }
+
+    pub(crate) fn index(&self, edit: impl FnOnce(&mut HashMap<NodeKey, (Arc<Tailnet>, NodeId)>)) {
+        edit(&mut self.0.by_key.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn auth_keys(&self) -> std::sync::MutexGuard<'_, HashMap<String, AuthKeyRow>> {
+        self.0.auth_keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn machine(&self, machine: &MachineKey) -> &tokio::sync::Mutex<()> {
+        // Keys are random: any byte spreads them.
+        &self.0.machines[machine.as_bytes()[0] as usize % MACHINE_LOCKS]
+    }
+
+    fn next_node(&self) -> NodeId {
+        NodeId(self.0.last_node.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    pub fn tailnet(&self, name: &str) -> Option<&Arc<Tailnet>> {
+        self.0.tailnets.get(name)
+    }
+
+    pub fn tailnets(&self) -> impl Iterator<Item = &Arc<Tailnet>> {
+        self.0.tailnets.values()
+    }
+
+    /// Can the database be written?
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub async fn health(&self) -> Result<(), store::Error> {
+        self.0.store.commit(Vec::new()).await
+    }
+
+    /// Pings that we sent are answered by id; we send none yet.
+    pub fn ping_response(&self, _id: &str) -> bool {
+        false
+    }
+
+    pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
+        registry.register(
+            "registrations",
+            "Nodes that registered or came back",
+            self.0.registrations.clone(),
+        );
+        registry.register("map_streams", "Open map streams", self.0.streams.clone());
+        registry.register("map_frames", "Frames sent on map streams", self.0.frames.clone());
+    }
+
+    /// Ends all streams and writes what is still to be written.
+    pub async fn shutdown(&self) {
+        self.0.token.cancel();
+        janitor::flush(self).await;
+    }
+}

@@ -1,1 +1,100 @@
-//! Being written.
+//! What a client may ask inside a Noise session. Nothing here is reachable without one: the outer router does not
+//! know these paths.
+
+use std::net::SocketAddr;
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Extension, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use axum::{Json, Router};
+use lacis_wire::MIN_CAPABILITY_VERSION;
+use lacis_wire::control::{MapRequest, RegisterRequest, decode_request};
+use lacis_wire::key::MachineKey;
+use serde_json::json;
+
+use crate::core::Core;
+use crate::{map, register};
+
+/// No request of a client is near it; any machine key can send one.
+const BODY_LIMIT: usize = 1 << 20;
+
+/// Who is at the other end of a Noise session.
+#[derive(Clone, Copy, Debug)]
+pub struct Session {
+    /// Proven by the handshake.
+    pub machine: MachineKey,
+    pub version: u16,
+    pub remote: SocketAddr,
+}
+
+/// The router behind Noise. Requests carry a [`Session`] extension.
+pub fn router(core: Core) -> Router {
+    Router::new()
+        .route("/machine/register", post(register))
+        .route("/machine/map", post(map))
+        .route("/machine/whoami", get(whoami))
+        // Clients post these and go on whatever the answer; an empty object is the friendliest.
+        .route("/machine/update-health", post(accepted))
+        .route("/machine/audit-log", post(accepted))
+        .route("/machine/set-dns", post(unsupported))
+        .route("/machine/id-token", post(unsupported))
+        .route("/machine/feature/query", post(unsupported))
+        .route("/machine/set-device-attr", any(unsupported))
+        .route("/machine/c2n", post(unsupported))
+        .fallback(not_found)
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(core)
+}
+
+fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, (StatusCode, String)> {
+    decode_request(body).map_err(|error| (StatusCode::BAD_REQUEST, format!("bad request: {error}")))
+}
+
+/// The version in a request decides what the client understands of the answer.
+fn check_version(version: u16) -> Result<(), (StatusCode, String)> {
+    if version < MIN_CAPABILITY_VERSION {
+        let text = format!(
+            "unsupported client version {version}: update the client (at least {MIN_CAPABILITY_VERSION})"
+        );
+        return Err((StatusCode::BAD_REQUEST, text));
+    }
+    Ok(())
+}
+
+async fn register(
+    State(core): State<Core>,
+    Extension(session): Extension<Session>,
+    body: Bytes,
+) -> Result<Response, (StatusCode, String)> {
+    let request: RegisterRequest = decode(&body)?;
+    check_version(request.version)?;
+    Ok(Json(register::register(&core, &session, request).await).into_response())
+}
+
+async fn map(
+    State(core): State<Core>,
+    Extension(session): Extension<Session>,
+    body: Bytes,
+) -> Result<Response, (StatusCode, String)> {
+    let request: MapRequest = decode(&body)?;
+    check_version(request.version)?;
+    Ok(map::map(&core, &session, request))
+}
+
+async fn whoami(Extension(session): Extension<Session>) -> String {
+    format!("machine {} from {}\n", session.machine, session.remote)
+}
+
+async fn accepted() -> Response {
+    Json(json!({})).into_response()
+}
+
+async fn unsupported() -> Response {
+    (StatusCode::NOT_IMPLEMENTED, "not supported by this server").into_response()
+}
+
+async fn not_found() -> Response {
+    (StatusCode::NOT_FOUND, "not found").into_response()
+}

@@ -1,1 +1,85 @@
-//! Being written.
+//! What outlives the process: users, auth keys and nodes, in SQLite.
+//!
+//! The core keeps everything in memory and reads the database once, at the start. Writes go through one task that
+//! owns the only connection: whatever waits when it is free becomes one transaction (so a hundred registrations cost
+//! one `fsync`), each job under a savepoint of its own. Callers see [`Store::commit`] with [`Write`]s in domain types;
+//! nothing of SQLite leaves this module, so that another database can stand behind it.
+
+mod rows;
+mod sqlite;
+
+use std::path::PathBuf;
+
+use tokio::sync::{mpsc, oneshot};
+
+pub use rows::{AuthKeyRow, Loaded, NodeFacts, NodeRow, UserRow};
+
+/// Jobs that may wait for the writer. When it is full, whoever asks waits: nothing is lost.
+const QUEUE: usize = 1024;
+
+/// One change of the database.
+#[derive(Clone, Debug)]
+pub enum Write {
+    InsertUser(UserRow),
+    DeleteUser(i64),
+    InsertKey(AuthKeyRow),
+    /// Spends a single-use key; the whole job fails with [`Error::KeyNotUsable`] when it is spent or revoked.
+    SpendKey(String),
+    RevokeKey(String),
+    InsertNode(NodeRow),
+    UpdateNode(NodeRow),
+    DeleteNode(i64),
+}
+
+/// Why the database could not be opened or changed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "cannot open the database {path}: {reason}; make the file and its folder readable and writable for this user"
+    )]
+    Open { path: PathBuf, reason: String },
+    #[error(
+        "the database {path} is damaged ({reason}); put a backup in its place, or move it away to begin anew"
+    )]
+    Corrupt { path: PathBuf, reason: String },
+    #[error("the database {path} was written by a newer version ({reason}); run that version or a newer one")]
+    Newer { path: PathBuf, reason: String },
+    #[error("the auth key {id} is used up or revoked")]
+    KeyNotUsable { id: String },
+    #[error("the database refused a change: {reason}")]
+    Write { reason: String },
+    #[error("the database's writer has stopped")]
+    Stopped,
+}
+
+type Job = (Vec<Write>, oneshot::Sender<Result<(), Error>>);
+
+/// The database; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Store {
+    /// Opens (or makes) the database and reads it.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is damaged, or was written by a newer version.
+    pub async fn open(path: PathBuf) -> Result<(Self, Loaded), Error> {
+        let mut connection = sqlite::open(&path).await?;
+        let loaded = sqlite::load(&mut connection, &path).await?;
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        tokio::spawn(sqlite::write(connection, queue));
+        Ok((Self { jobs }, loaded))
+    }
+
+    /// Makes all of these changes or none, and returns when they are on disk.
+    ///
+    /// # Errors
+    /// When the database refuses; nothing has changed then.
+    pub async fn commit(&self, writes: Vec<Write>) -> Result<(), Error> {
+        let (done, result) = oneshot::channel();
+        self.jobs.send((writes, done)).await.map_err(|_| Error::Stopped)?;
+        result.await.map_err(|_| Error::Stopped)?
+    }
+}

@@ -106,6 +106,10 @@ fn core_tailnet(name: &str, tailnet: &Tailnet) -> TailnetConfig {
         override_local_dns: dns.override_local_dns,
         split: dns.split.iter().map(|(suffix, servers)| (suffix.clone(), texts(servers))).collect(),
         search_domains: dns.search_domains.iter().map(|domain| domain.0.clone()).collect(),
-        extra_records: dns.extra_records.iter().map(|record| (record.name.0.clone(), record.address.0)).collect(),
+        extra_records: dns
+            .extra_records
+            .iter()
+            .map(|record| (record.name.0.clone(), record.address.0))
+            .collect(),
     }
 }

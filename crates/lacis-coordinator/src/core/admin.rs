@@ -1,0 +1,346 @@
+//! What an administrator does: users, auth keys, and nodes by hand.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lacis_wire::admin::{CreateKey, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo, TailnetInfo, UserInfo};
+use lacis_wire::control::{NodeId, display_text};
+use time::OffsetDateTime;
+
+use super::record::{NodeRecord, UserRecord};
+use super::registration::Refused;
+use super::tailnet::{Tailnet, What};
+use super::{Core, auth_key, names, now};
+use crate::store::{self, AuthKeyRow, UserRow, Write};
+
+/// How long a key can be used when nothing is said.
+const KEY_LIFETIME_SECONDS: u64 = 24 * 3600;
+const USER_NAME: usize = 100;
+
+/// Why an administrator's wish is refused, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    #[error("there is no {what} {name:?}")]
+    NotFound { what: &'static str, name: String },
+    #[error("{name:?} is the name of several {what}")]
+    Ambiguous { what: &'static str, name: String },
+    #[error("the {what} {name:?} exists already")]
+    Exists { what: &'static str, name: String },
+    #[error("the user {name:?} still has {nodes} nodes")]
+    HasNodes { name: String, nodes: usize },
+    #[error("{0}")]
+    BadName(#[from] names::BadName),
+    #[error("{0:?} is no user name: use letters, digits and . _ - + @, at most {USER_NAME} characters")]
+    BadUserName(String),
+    #[error("{0:?} is no tag: tags look like tag:web, with letters, digits and hyphens after a first letter")]
+    BadTag(String),
+    #[error("a key is for a user or for tags, and not for both")]
+    UserOrTags,
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("the system has no randomness: {0}")]
+    Random(#[from] getrandom::Error),
+}
+
+fn moment(seconds: i64) -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
+fn is_tag(tag: &str) -> bool {
+    let Some(name) = tag.strip_prefix("tag:") else { return false };
+    name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+}
+
+impl Core {
+    pub fn list_tailnets(&self) -> Vec<TailnetInfo> {
+        let info = |tailnet: &Arc<Tailnet>| {
+            let snapshot = tailnet.snapshot();
+            TailnetInfo {
+                name: tailnet.settings.name.clone(),
+                domain: tailnet.settings.domain.clone(),
+                nodes: snapshot.nodes.len(),
+                users: snapshot.users.len(),
+            }
+        };
+        self.tailnets().map(info).collect()
+    }
+
+    pub fn list_users(&self, tailnet: &Tailnet) -> Vec<UserInfo> {
+        let snapshot = tailnet.snapshot();
+        let nodes =
+            |user: &UserRecord| snapshot.nodes.iter().filter(|node| node.user == Some(user.id)).count();
+        snapshot.users.values().map(|user| user_info(user, nodes(user))).collect()
+    }
+
+    /// Adds a user.
+    ///
+    /// # Errors
+    /// When the name is bad or taken, or it cannot be stored.
+    pub async fn create_user(
+        &self,
+        tailnet: &Tailnet,
+        name: &str,
+        display_name: Option<&str>,
+    ) -> Result<UserInfo, AdminError> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+@".contains(c);
+        if name.is_empty() || name.len() > USER_NAME || !name.chars().all(allowed) {
+            return Err(AdminError::BadUserName(display_text(name)));
+        }
+        let exists = || AdminError::Exists { what: "user", name: name.to_owned() };
+        if tailnet.snapshot().user_named(name).is_some() {
+            return Err(exists());
+        }
+        let row = UserRow {
+            id: self.next_user().0,
+            tailnet: tailnet.settings.name.clone(),
+            name: name.to_owned(),
+            display_name: display_text(display_name.unwrap_or(name)),
+            created: now(),
+        };
+        // The database has the last word when two do this at once.
+        if let Err(error) = self.0.store.commit(vec![Write::InsertUser(row.clone())]).await {
+            return Err(if tailnet.snapshot().user_named(name).is_some() { exists() } else { error.into() });
+        }
+        let user = Arc::new(UserRecord::from(row));
+        tailnet.lock().edit_users(|users| {
+            users.insert(user.id, Arc::clone(&user));
+        });
+        Ok(user_info(&user, 0))
+    }
+
+    /// Takes out a user who has no nodes any more, and their keys.
+    ///
+    /// # Errors
+    /// When there is no such user, or they have nodes.
+    pub async fn delete_user(&self, tailnet: &Tailnet, name: &str) -> Result<(), AdminError> {
+        let snapshot = tailnet.snapshot();
+        let user = snapshot.user_named(name).ok_or_else(|| not_found("user", name))?;
+        let nodes = snapshot.nodes.iter().filter(|node| node.user == Some(user.id)).count();
+        if nodes > 0 {
+            return Err(AdminError::HasNodes { name: name.to_owned(), nodes });
+        }
+        self.0.store.commit(vec![Write::DeleteUser(user.id.0)]).await?;
+        self.auth_keys().retain(|_, key| key.user != Some(user.id.0));
+        tailnet.lock().edit_users(|users| {
+            users.remove(&user.id);
+        });
+        Ok(())
+    }
+
+    /// Makes an auth key. Only this answer has it.
+    ///
+    /// # Errors
+    /// When it is for nobody or for both a user and tags, or cannot be stored.
+    pub async fn create_key(&self, tailnet: &Tailnet, wish: &CreateKey) -> Result<CreatedKey, AdminError> {
+        let user = match (&wish.user, wish.tags.as_slice()) {
+            (Some(name), []) => {
+                Some(tailnet.snapshot().user_named(name).ok_or_else(|| not_found("user", name))?.id.0)
+            }
+            (None, [_, ..]) => None,
+            (Some(_), [_, ..]) | (None, []) => return Err(AdminError::UserOrTags),
+        };
+        if let Some(bad) = wish.tags.iter().find(|tag| !is_tag(tag)) {
+            return Err(AdminError::BadTag(display_text(bad)));
+        }
+        let key = auth_key::generate()?;
+        let created = now();
+        let lifetime = wish.expiry_seconds.unwrap_or(KEY_LIFETIME_SECONDS);
+        let row = AuthKeyRow {
+            id: key.id,
+            tailnet: tailnet.settings.name.clone(),
+            hash: key.hash,
+            user,
+            tags: wish.tags.clone(),
+            reusable: wish.reusable,
+            ephemeral: wish.ephemeral,
+            used: false,
+            revoked: false,
+            created,
+            expires: (lifetime != 0).then(|| created.saturating_add_unsigned(lifetime)),
+        };
+        self.0.store.commit(vec![Write::InsertKey(row.clone())]).await?;
+        let info = key_info(tailnet, &row);
+        self.auth_keys().insert(row.id.clone(), row);
+        Ok(CreatedKey { key: key.text.to_string(), info })
+    }
+
+    pub fn list_keys(&self, tailnet: &Tailnet) -> Vec<KeyInfo> {
+        let keys = self.auth_keys();
+        let mut list: Vec<_> = keys.values().filter(|key| key.tailnet == tailnet.settings.name).collect();
+        list.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+        list.into_iter().map(|key| key_info(tailnet, key)).collect()
+    }
+
+    /// Makes a key unusable. Nodes that joined with it stay.
+    ///
+    /// # Errors
+    /// When there is no such key.
+    pub async fn expire_key(&self, tailnet: &Tailnet, id: &str) -> Result<(), AdminError> {
+        // A whole key is taken for its id: that is what people have at hand.
+        let id = auth_key::parse(id).map_or(id, |(id, _)| id);
+        let known = self.auth_keys().get(id).is_some_and(|key| key.tailnet == tailnet.settings.name);
+        if !known {
+            return Err(not_found("key", id));
+        }
+        self.0.store.commit(vec![Write::RevokeKey(id.to_owned())]).await?;
+        if let Some(key) = self.auth_keys().get_mut(id) {
+            key.revoked = true;
+        }
+        Ok(())
+    }
+
+    pub fn list_nodes(&self, tailnet: &Tailnet) -> Vec<NodeInfo> {
+        let snapshot = tailnet.snapshot();
+        snapshot.nodes.iter().map(|node| node_info(tailnet, node)).collect()
+    }
+
+    /// The node that somebody means by an id, a name or an address.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn node_meant(&self, tailnet: &Tailnet, meant: &str) -> Result<Arc<NodeRecord>, AdminError> {
+        let snapshot = tailnet.snapshot();
+        let name = meant.trim_end_matches('.').to_ascii_lowercase();
+        let name = name.strip_suffix(&format!(".{}", tailnet.settings.domain)).unwrap_or(&name);
+        let found = if let Ok(address) = meant.parse::<IpAddr>() {
+            snapshot.nodes.iter().find(|node| node.addresses().contains(&address))
+        } else {
+            // A name may look like a number: names come first.
+            let by_name = snapshot.nodes.iter().find(|node| node.name == name);
+            by_name.or_else(|| snapshot.node(NodeId(meant.parse().ok()?)))
+        };
+        found.cloned().ok_or_else(|| not_found("node", meant))
+    }
+
+    /// Gives a node a name, which it then keeps.
+    ///
+    /// # Errors
+    /// When the name is bad or taken.
+    pub async fn rename_node(
+        &self,
+        tailnet: &Tailnet,
+        node: &NodeRecord,
+        name: &str,
+    ) -> Result<NodeInfo, AdminError> {
+        let name = names::check(name, &tailnet.settings.domain)?;
+        let renamed = {
+            let mut locked = tailnet.lock();
+            let snapshot = locked.snapshot();
+            let current = snapshot.node(node.id).ok_or_else(|| not_found("node", &node.name))?;
+            match locked.state.names.get(&name) {
+                Some(owner) if *owner != node.id => return Err(AdminError::Exists { what: "node", name }),
+                Some(_) | None => {}
+            }
+            locked.state.names.insert(name.clone(), node.id);
+            NodeRecord { name, name_is_given: true, ..(**current).clone() }
+        };
+        let stored = self.0.store.commit(vec![Write::UpdateNode(renamed.row(&tailnet.settings.name))]).await;
+        let mut locked = tailnet.lock();
+        let snapshot = locked.snapshot();
+        let current = snapshot.node(node.id).ok_or_else(|| not_found("node", &node.name))?;
+        if let Err(error) = stored {
+            if current.name != renamed.name {
+                locked.state.names.remove(&renamed.name);
+            }
+            return Err(error.into());
+        }
+        if current.name != renamed.name {
+            locked.state.names.remove(&current.name);
+        }
+        // Other facts may have changed while it was written.
+        let renamed = NodeRecord { name: renamed.name, name_is_given: true, ..(**current).clone() };
+        Ok(node_info(tailnet, &locked.put(renamed, What::Whole)))
+    }
+
+    pub fn node_info(&self, tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {
+        node_info(tailnet, node)
+    }
+
+    pub fn list_registrations(&self) -> Vec<RegistrationInfo> {
+        let info = |one: super::pending::Waiting| RegistrationInfo {
+            id: one.id,
+            hostname: display_text(&one.hostinfo.hostname),
+            os: display_text(&one.hostinfo.os),
+            machine_key: one.machine,
+            created: moment(one.created),
+        };
+        self.0.pending.list().into_iter().map(info).collect()
+    }
+
+    /// Lets a waiting node join as a user's.
+    ///
+    /// # Errors
+    /// When there is no such registration or user.
+    pub async fn approve_registration(
+        &self,
+        id: &str,
+        tailnet: &Arc<Tailnet>,
+        user: &str,
+    ) -> Result<NodeInfo, AdminError> {
+        // The page's whole URL is taken for the id at its end.
+        let id = id.rsplit('/').next().unwrap_or(id);
+        let user = tailnet.snapshot().user_named(user).ok_or_else(|| not_found("user", user))?.id;
+        let (tailnet, node) =
+            self.approve(id, tailnet, user).await?.ok_or_else(|| not_found("registration", id))?;
+        Ok(node_info(&tailnet, &node))
+    }
+}
+
+fn not_found(what: &'static str, name: &str) -> AdminError {
+    AdminError::NotFound { what, name: display_text(name) }
+}
+
+fn user_info(user: &UserRecord, nodes: usize) -> UserInfo {
+    UserInfo {
+        id: user.id,
+        name: user.name.clone(),
+        display_name: user.display_name.clone(),
+        nodes,
+        created: moment(user.created),
+    }
+}
+
+fn key_info(tailnet: &Tailnet, key: &AuthKeyRow) -> KeyInfo {
+    let snapshot = tailnet.snapshot();
+    let user = key.user.and_then(|id| snapshot.users.get(&lacis_wire::control::UserId(id)));
+    KeyInfo {
+        id: key.id.clone(),
+        user: user.map(|user| user.name.clone()),
+        tags: key.tags.clone(),
+        reusable: key.reusable,
+        ephemeral: key.ephemeral,
+        used: key.used,
+        expired: key.revoked || key.expires.is_some_and(|at| at <= now()),
+        created: moment(key.created),
+        expires: key.expires.map(moment),
+    }
+}
+
+fn node_info(tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {
+    let snapshot = tailnet.snapshot();
+    let user = node.user.and_then(|id| snapshot.users.get(&id));
+    NodeInfo {
+        id: node.id,
+        name: node.name.clone(),
+        fqdn: format!("{}.{}", node.name, tailnet.settings.domain),
+        hostname: node.hostinfo.hostname.clone(),
+        addresses: node.addresses().to_vec(),
+        user: user.map(|user| user.name.clone()),
+        tags: node.tags.clone(),
+        os: node.hostinfo.os.clone(),
+        version: node.hostinfo.ipn_version.clone(),
+        online: node.online,
+        expired: node.expired,
+        ephemeral: node.ephemeral,
+        home_derp: node.home_derp(),
+        endpoints: node.endpoints.clone(),
+        node_key: node.node_key,
+        machine_key: node.machine_key,
+        created: moment(node.created),
+        last_seen: if node.online { Some(moment(now())) } else { node.last_seen.map(moment) },
+        key_expiry: node.key_expiry.map(moment),
+    }
+}

@@ -1,0 +1,97 @@
+//! What happens by itself: nodes that went away, keys that expire, ephemeral nodes, and writing what may wait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lacis_wire::control::PeerChange;
+use time::OffsetDateTime;
+
+use super::record::NodeRecord;
+use super::tailnet::{Tailnet, What};
+use super::{Core, now};
+use crate::store::Write;
+
+/// Expiry and absence are known in seconds.
+const TICK: Duration = Duration::from_secs(1);
+/// What nodes say of themselves is written this often (in ticks).
+const FLUSH_TICKS: u32 = 5;
+
+pub(super) async fn run(core: Core) {
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut ticks = 0_u32;
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = core.0.token.cancelled() => return,
+        }
+        ticks = ticks.wrapping_add(1);
+        for tailnet in core.0.tailnets.values() {
+            let gone = sweep(&core, tailnet, now());
+            for node in gone {
+                if let Err(error) = core.delete_node(tailnet, &node).await {
+                    tracing::warn!(node = %node.name, %error, "deleting an ephemeral node");
+                }
+            }
+        }
+        if ticks.is_multiple_of(FLUSH_TICKS) {
+            flush(&core).await;
+        }
+        core.0.pending.forget_old(now());
+    }
+}
+
+/// Marks what is away or expired, and returns the ephemeral nodes whose time is over.
+fn sweep(core: &Core, tailnet: &Tailnet, now: i64) -> Vec<Arc<NodeRecord>> {
+    let timeout = i64::try_from(core.0.config.ephemeral_timeout.as_secs()).unwrap_or(i64::MAX);
+    let mut gone = Vec::new();
+    let mut locked = tailnet.lock();
+    let snapshot = locked.snapshot();
+    let left: Vec<_> =
+        locked.state.leaving.iter().filter(|(_, at)| **at <= now).map(|(id, at)| (*id, *at)).collect();
+    for (id, at) in left {
+        let Some(node) = snapshot.node(id) else {
+            locked.state.leaving.remove(&id);
+            continue;
+        };
+        if node.online {
+            let last_seen = OffsetDateTime::from_unix_timestamp(now).ok();
+            let patch = PeerChange { node_id: id, online: Some(false), last_seen, ..PeerChange::default() };
+            let away = NodeRecord { online: false, last_seen: Some(now), ..(**node).clone() };
+            locked.put(away, What::Patch(patch));
+            locked.state.dirty.insert(id);
+        }
+        if !node.ephemeral {
+            locked.state.leaving.remove(&id);
+        } else if at.saturating_add(timeout) <= now {
+            gone.push(Arc::clone(node));
+        }
+    }
+    for node in &locked.snapshot().nodes {
+        if !node.expired && node.is_expired_at(now) {
+            let key_expiry = node.key_expiry.and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok());
+            let patch =
+                PeerChange { node_id: node.id, key_expiry: Some(key_expiry), ..PeerChange::default() };
+            locked.put(NodeRecord { expired: true, ..(**node).clone() }, What::PatchAndSelf(patch));
+        }
+    }
+    gone
+}
+
+/// Writes what nodes said of themselves since the last time.
+pub(super) async fn flush(core: &Core) {
+    for tailnet in core.0.tailnets.values() {
+        let writes: Vec<_> = {
+            let mut locked = tailnet.lock();
+            let dirty = std::mem::take(&mut locked.state.dirty);
+            let snapshot = locked.snapshot();
+            let rows = dirty.into_iter().filter_map(|id| snapshot.node(id));
+            rows.map(|node| Write::UpdateNode(node.row(&tailnet.settings.name))).collect()
+        };
+        if !writes.is_empty()
+            && let Err(error) = core.0.store.commit(writes).await
+        {
+            tracing::warn!(tailnet = tailnet.settings.name, %error, "what nodes said of themselves was not written");
+        }
+    }
+}

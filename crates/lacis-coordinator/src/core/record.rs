@@ -1,0 +1,225 @@
+//! A node and a user as the core holds them, and as the wire shows them.
+//!
+//! Records are immutable and shared: a change makes a new one. The JSON that peers are sent is made once a record.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, OnceLock};
+
+use ipnet::IpNet;
+use lacis_wire::control::{CapMap, Hostinfo, Node, NodeId, UserId, UserProfile, display_text};
+use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
+use serde_json::value::RawValue;
+use time::OffsetDateTime;
+
+use crate::store::{NodeFacts, NodeRow, UserRow};
+
+/// Tagged nodes belong to nobody; clients want a user all the same. The number is the one Headscale uses.
+pub const TAGGED_USER: UserId = UserId(2_147_455_555);
+
+/// A person.
+#[derive(Clone, Debug)]
+pub struct UserRecord {
+    pub id: UserId,
+    pub name: String,
+    pub display_name: String,
+    pub created: i64,
+}
+
+impl From<UserRow> for UserRecord {
+    fn from(row: UserRow) -> Self {
+        Self { id: UserId(row.id), name: row.name, display_name: row.display_name, created: row.created }
+    }
+}
+
+impl UserRecord {
+    pub fn profile(&self) -> UserProfile {
+        UserProfile {
+            id: self.id,
+            login_name: display_text(&self.name),
+            display_name: display_text(&self.display_name),
+            profile_pic_url: String::new(),
+        }
+    }
+}
+
+/// The profile that tagged nodes are shown under.
+pub fn tagged_profile() -> UserProfile {
+    UserProfile {
+        id: TAGGED_USER,
+        login_name: "tagged-devices".to_owned(),
+        display_name: "Tagged Devices".to_owned(),
+        profile_pic_url: String::new(),
+    }
+}
+
+/// A node.
+#[derive(Debug)]
+pub struct NodeRecord {
+    pub id: NodeId,
+    pub node_key: NodeKey,
+    pub machine_key: MachineKey,
+    /// `None` for tagged nodes.
+    pub user: Option<UserId>,
+    pub name: String,
+    /// An administrator chose the name: it no longer follows the host's.
+    pub name_is_given: bool,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    pub auth_key: Option<String>,
+    pub created: i64,
+    pub hostinfo: Arc<Hostinfo>,
+    pub endpoints: Vec<SocketAddr>,
+    pub disco_key: Option<DiscoKey>,
+    pub cap: u16,
+    pub tags: Vec<String>,
+    pub ephemeral: bool,
+    pub key_expiry: Option<i64>,
+    pub last_seen: Option<i64>,
+    pub online: bool,
+    pub expired: bool,
+    pub(super) peer_json: OnceLock<Box<RawValue>>,
+}
+
+impl Clone for NodeRecord {
+    /// Without the cached JSON: a copy is made to be changed.
+    fn clone(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            auth_key: self.auth_key.clone(),
+            hostinfo: Arc::clone(&self.hostinfo),
+            endpoints: self.endpoints.clone(),
+            tags: self.tags.clone(),
+            peer_json: OnceLock::new(),
+            ..*self
+        }
+    }
+}
+
+fn moment(seconds: i64) -> Option<OffsetDateTime> {
+    OffsetDateTime::from_unix_timestamp(seconds).ok()
+}
+
+impl NodeRecord {
+    pub fn from_row(row: NodeRow) -> Self {
+        let NodeRow { record: facts, .. } = row;
+        Self {
+            id: NodeId(row.id),
+            node_key: row.node_key,
+            machine_key: row.machine_key,
+            user: row.user.map(UserId),
+            name: row.name,
+            name_is_given: row.name_is_given,
+            v4: row.v4,
+            v6: row.v6,
+            auth_key: row.auth_key,
+            created: row.created,
+            hostinfo: Arc::new(facts.hostinfo),
+            endpoints: facts.endpoints,
+            disco_key: facts.disco_key,
+            cap: facts.cap,
+            tags: facts.tags,
+            ephemeral: facts.ephemeral,
+            key_expiry: facts.key_expiry,
+            last_seen: facts.last_seen,
+            online: false,
+            expired: false,
+            peer_json: OnceLock::new(),
+        }
+    }
+
+    pub fn row(&self, tailnet: &str) -> NodeRow {
+        NodeRow {
+            id: self.id.0,
+            tailnet: tailnet.to_owned(),
+            node_key: self.node_key,
+            machine_key: self.machine_key,
+            user: self.user.map(|user| user.0),
+            name: self.name.clone(),
+            name_is_given: self.name_is_given,
+            v4: self.v4,
+            v6: self.v6,
+            auth_key: self.auth_key.clone(),
+            created: self.created,
+            record: NodeFacts {
+                hostinfo: (*self.hostinfo).clone(),
+                endpoints: self.endpoints.clone(),
+                disco_key: self.disco_key,
+                cap: self.cap,
+                tags: self.tags.clone(),
+                ephemeral: self.ephemeral,
+                key_expiry: self.key_expiry,
+                last_seen: self.last_seen,
+            },
+        }
+    }
+
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    pub fn is_expired_at(&self, now: i64) -> bool {
+        self.key_expiry.is_some_and(|expiry| expiry <= now)
+    }
+
+    pub fn home_derp(&self) -> u16 {
+        self.hostinfo.net_info.as_ref().map_or(0, |info| info.preferred_derp)
+    }
+
+    /// What nodes of the network see of each other.
+    fn wire(&self, domain: &str) -> Node {
+        let addresses: Vec<IpNet> = self.addresses().into_iter().map(IpNet::from).collect();
+        // An expired node is not to be contacted; clients take what they are sent.
+        let home = if self.expired { 0 } else { self.home_derp() };
+        let mut hostinfo = (*self.hostinfo).clone();
+        hostinfo.net_info = None;
+        Node {
+            id: self.id,
+            stable_id: self.id.to_string(),
+            name: format!("{}.{domain}.", self.name),
+            user: self.user.unwrap_or(TAGGED_USER),
+            key: self.node_key,
+            key_expiry: self.key_expiry.and_then(moment),
+            machine: Some(self.machine_key),
+            disco_key: self.disco_key,
+            allowed_ips: Some(addresses.clone()),
+            addresses,
+            endpoints: if self.expired { Vec::new() } else { self.endpoints.clone() },
+            legacy_derp: if home == 0 { String::new() } else { format!("127.3.3.40:{home}") },
+            home_derp: home,
+            hostinfo,
+            created: moment(self.created),
+            cap: self.cap,
+            tags: self.tags.clone(),
+            last_seen: if self.online { None } else { self.last_seen.and_then(moment) },
+            online: Some(self.online),
+            machine_authorized: !self.expired,
+            expired: self.expired,
+            ..Node::default()
+        }
+    }
+
+    /// The node as its peers are sent it.
+    pub fn peer_json(&self, domain: &str) -> &RawValue {
+        self.peer_json.get_or_init(|| {
+            serde_json::value::to_raw_value(&self.wire(domain)).unwrap_or_else(|_| RawValue::NULL.to_owned())
+        })
+    }
+
+    /// The node as it is sent itself: with its capabilities.
+    pub fn self_node(&self, domain: &str) -> Node {
+        let flag = || None;
+        let cap_map: CapMap = BTreeMap::from([
+            ("https://tailscale.com/cap/is-admin".to_owned(), flag()),
+            ("https://tailscale.com/cap/ssh".to_owned(), flag()),
+            ("https://tailscale.com/cap/file-sharing".to_owned(), flag()),
+            ("default-auto-update".to_owned(), Some(vec![false.into()])),
+        ]);
+        let mut node = self.wire(domain);
+        node.hostinfo.net_info = self.hostinfo.net_info.clone();
+        node.online = None;
+        node.last_seen = None;
+        node.cap_map = cap_map;
+        node
+    }
+}

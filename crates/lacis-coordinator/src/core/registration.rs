@@ -1,0 +1,399 @@
+//! How a node joins, comes back, changes its key and leaves (control-protocol dossier, sections 5.3 and 5.4).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lacis_wire::control::{Hostinfo, PeerChange, UserId};
+use lacis_wire::key::{MachineKey, NodeKey};
+use time::OffsetDateTime;
+
+use super::record::NodeRecord;
+use super::tailnet::{Tailnet, What};
+use super::{Core, Registered, auth_key, names, now};
+use crate::store::{self, AuthKeyRow, NodeFacts, NodeRow, Write};
+
+/// Why a node may not join. The texts are those that users know from other servers of this protocol.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    #[error("invalid pre auth key")]
+    UnknownKey,
+    #[error("authkey expired")]
+    KeyExpired,
+    #[error("authkey already used")]
+    KeyUsed,
+    #[error("authkey revoked")]
+    KeyRevoked,
+    #[error("node key is in use by another machine")]
+    ForeignKey,
+    #[error("a node key of zeros is no identity")]
+    ZeroKey,
+    #[error("requested tags are invalid or not permitted: the auth key decides the tags of a node")]
+    Tags,
+    #[error("no free address in this network")]
+    NoAddress,
+    #[error("registration failed; ask the administrator to look at the coordinator's log")]
+    Store(#[from] store::Error),
+    #[error("registration failed: the server has no randomness")]
+    Random(#[from] getrandom::Error),
+}
+
+/// What a client brings.
+#[derive(Debug)]
+pub struct Applicant {
+    pub machine: MachineKey,
+    pub node_key: NodeKey,
+    pub hostinfo: Hostinfo,
+    pub version: u16,
+    /// It asked for its key to expire by then.
+    pub expiry: Option<i64>,
+}
+
+/// On whose behalf a node joins.
+struct Identity {
+    user: Option<UserId>,
+    tags: Vec<String>,
+    ephemeral: bool,
+    auth_key: Option<String>,
+}
+
+pub type Member = (Arc<Tailnet>, Arc<NodeRecord>);
+
+impl Core {
+    /// Joins (or comes back) with a pre-auth key.
+    ///
+    /// # Errors
+    /// When the key does not let it.
+    pub async fn register_with_key(&self, applicant: Applicant, key: &str) -> Result<Member, Refused> {
+        let _turn = self.machine(&applicant.machine).lock().await;
+        self.check_key_owner(&applicant)?;
+        let key = self.auth_key(key)?;
+        let tailnet = Arc::clone(self.tailnet(&key.tailnet).ok_or(Refused::UnknownKey)?);
+        let user = key.user.map(UserId);
+        let existing = Self::of_machine(&tailnet, &applicant.machine, user);
+        // A container gives its key at every start: the same node with the same key needs no valid one.
+        if let Some(node) =
+            existing.as_ref().filter(|node| node.node_key == applicant.node_key && !node.expired)
+        {
+            return Ok(self.refresh(&tailnet, node, applicant));
+        }
+        if existing.is_none() && !applicant.hostinfo.request_tags.is_empty() && key.user.is_some() {
+            return Err(Refused::Tags);
+        }
+        if key.revoked {
+            return Err(Refused::KeyRevoked);
+        }
+        if key.expires.is_some_and(|expires| expires <= now()) {
+            return Err(Refused::KeyExpired);
+        }
+        if key.used && !key.reusable {
+            return Err(Refused::KeyUsed);
+        }
+        let identity =
+            Identity { user, tags: key.tags, ephemeral: key.ephemeral, auth_key: Some(key.id.clone()) };
+        let member = self.admit(&tailnet, existing, applicant, identity).await?;
+        if let Some(key) = self.auth_keys().get_mut(&key.id) {
+            key.used = true;
+        }
+        Ok(member)
+    }
+
+    /// Joins because an administrator said so.
+    ///
+    /// # Errors
+    /// When there is no such registration, or it cannot be stored.
+    pub async fn approve(
+        &self,
+        id: &str,
+        tailnet: &Arc<Tailnet>,
+        user: UserId,
+    ) -> Result<Option<Member>, Refused> {
+        let Some(waiting) = self.0.pending.get(id) else { return Ok(None) };
+        let _turn = self.machine(&waiting.machine).lock().await;
+        let applicant = Applicant {
+            machine: waiting.machine,
+            node_key: waiting.node_key,
+            hostinfo: waiting.hostinfo,
+            version: waiting.version,
+            expiry: None,
+        };
+        self.check_key_owner(&applicant)?;
+        let existing = Self::of_machine(tailnet, &applicant.machine, Some(user));
+        let identity = Identity { user: Some(user), tags: Vec::new(), ephemeral: false, auth_key: None };
+        let member = self.admit(tailnet, existing, applicant, identity).await?;
+        self.0.pending.approve(id);
+        Ok(Some(member))
+    }
+
+    /// The URL of the page where somebody decides about this node.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn begin_interactive(&self, applicant: Applicant) -> Result<String, Refused> {
+        self.check_key_owner(&applicant)?;
+        let Applicant { machine, node_key, hostinfo, version, .. } = applicant;
+        let id = self.0.pending.add(machine, node_key, hostinfo, version, now())?;
+        Ok(format!("{}/register/{id}", self.0.config.server_url))
+    }
+
+    /// Waits until somebody decided about a registration that was begun before.
+    pub async fn wait_for_approval(&self, url: &str, machine: &MachineKey) -> Registered {
+        let id = url.rsplit('/').next().unwrap_or_default();
+        self.0.pending.wait(id, machine).await
+    }
+
+    /// Is this the id of a registration that waits? For the page that says so.
+    pub fn is_pending(&self, id: &str) -> bool {
+        self.0.pending.get(id).is_some()
+    }
+
+    /// A node signs out. An ephemeral one is gone then; another keeps its place and needs a new key to come back.
+    ///
+    /// # Errors
+    /// When it cannot be stored.
+    pub async fn logout(&self, tailnet: &Arc<Tailnet>, node: &Arc<NodeRecord>) -> Result<(), store::Error> {
+        if node.ephemeral {
+            return self.delete_node(tailnet, node).await;
+        }
+        self.expire(tailnet, node, now()).await
+    }
+
+    /// Lets a node's key end at `at`.
+    ///
+    /// # Errors
+    /// When it cannot be stored.
+    pub async fn expire(&self, tailnet: &Tailnet, node: &NodeRecord, at: i64) -> Result<(), store::Error> {
+        let ended = NodeRecord { key_expiry: Some(at), expired: at <= now(), ..node.clone() };
+        self.0.store.commit(vec![Write::UpdateNode(ended.row(&tailnet.settings.name))]).await?;
+        let mut locked = tailnet.lock();
+        if let Some(current) = locked.snapshot().node(node.id) {
+            let key_expiry = OffsetDateTime::from_unix_timestamp(at).ok();
+            let patch =
+                PeerChange { node_id: node.id, key_expiry: Some(key_expiry), ..PeerChange::default() };
+            let ended = NodeRecord { key_expiry: Some(at), expired: at <= now(), ..(**current).clone() };
+            locked.put(ended, What::PatchAndSelf(patch));
+        }
+        Ok(())
+    }
+
+    /// Takes a node out of its network.
+    ///
+    /// # Errors
+    /// When it cannot be stored.
+    pub async fn delete_node(&self, tailnet: &Tailnet, node: &NodeRecord) -> Result<(), store::Error> {
+        self.0.store.commit(vec![Write::DeleteNode(node.id.0)]).await?;
+        let key = {
+            let mut locked = tailnet.lock();
+            // It may have changed its key meanwhile.
+            let Some(current) = locked.snapshot().node(node.id).cloned() else { return Ok(()) };
+            locked.remove(&current);
+            current.node_key
+        };
+        self.index(|keys| {
+            keys.remove(&key);
+        });
+        self.revoked(&key);
+        Ok(())
+    }
+
+    /// A node key that another machine has is refused, whoever asks: else a peer could take its owner's place.
+    fn check_key_owner(&self, applicant: &Applicant) -> Result<(), Refused> {
+        if applicant.node_key.is_zero() {
+            return Err(Refused::ZeroKey);
+        }
+        match self.find(&applicant.node_key) {
+            Some((_, node)) if node.machine_key != applicant.machine => Err(Refused::ForeignKey),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn auth_key(&self, text: &str) -> Result<AuthKeyRow, Refused> {
+        let (id, secret) = auth_key::parse(text).ok_or(Refused::UnknownKey)?;
+        let key = self.auth_keys().get(id).cloned().ok_or(Refused::UnknownKey)?;
+        if auth_key::matches(secret, &key.hash) { Ok(key) } else { Err(Refused::UnknownKey) }
+    }
+
+    /// The node that this machine has for this user (or as a tagged one).
+    fn of_machine(tailnet: &Tailnet, machine: &MachineKey, user: Option<UserId>) -> Option<Arc<NodeRecord>> {
+        let locked = tailnet.lock();
+        let snapshot = locked.snapshot();
+        let ids = locked.state.by_machine.get(machine)?;
+        ids.iter().filter_map(|id| snapshot.node(*id)).find(|node| node.user == user).cloned()
+    }
+
+    /// The same node with the same key: only what it says of itself may be new.
+    pub fn refresh(&self, tailnet: &Arc<Tailnet>, node: &NodeRecord, applicant: Applicant) -> Member {
+        self.0.registrations.inc();
+        let mut locked = tailnet.lock();
+        let snapshot = locked.snapshot();
+        let current = snapshot.node(node.id).map_or_else(|| Arc::new(node.clone()), Arc::clone);
+        let hostinfo = merged(&current.hostinfo, applicant.hostinfo);
+        if hostinfo == *current.hostinfo {
+            return (Arc::clone(tailnet), current);
+        }
+        let name = follow_name(&mut locked.state.names, &current, &hostinfo.hostname);
+        let node = NodeRecord { hostinfo: Arc::new(hostinfo), name, ..(*current).clone() };
+        locked.state.dirty.insert(node.id);
+        let node = locked.put(node, What::Whole);
+        (Arc::clone(tailnet), node)
+    }
+
+    fn expiry(&self, identity: &Identity, asked: Option<i64>) -> Option<i64> {
+        identity.user?;
+        let default = self.0.config.node_expiry.unwrap_or(Duration::ZERO).as_secs();
+        let default = (default != 0).then(|| now().saturating_add_unsigned(default));
+        match (asked.filter(|at| *at > now()), default) {
+            (Some(asked), Some(default)) => Some(asked.min(default)),
+            (asked, default) => asked.or(default),
+        }
+    }
+
+    /// Stores and publishes a node: a new one, or an old one with a new key.
+    async fn admit(
+        &self,
+        tailnet: &Arc<Tailnet>,
+        existing: Option<Arc<NodeRecord>>,
+        applicant: Applicant,
+        identity: Identity,
+    ) -> Result<Member, Refused> {
+        let key_expiry = self.expiry(&identity, applicant.expiry);
+        let mut writes: Vec<_> = identity.auth_key.clone().map(Write::SpendKey).into_iter().collect();
+        let node = match existing {
+            Some(old) => {
+                let node = NodeRecord {
+                    node_key: applicant.node_key,
+                    hostinfo: Arc::new(merged(&old.hostinfo, applicant.hostinfo)),
+                    cap: applicant.version,
+                    tags: identity.tags,
+                    ephemeral: identity.ephemeral,
+                    auth_key: identity.auth_key,
+                    key_expiry,
+                    expired: false,
+                    ..(*old).clone()
+                };
+                writes.push(Write::UpdateNode(node.row(&tailnet.settings.name)));
+                self.0.store.commit(writes).await.map_err(spent)?;
+                self.index(|keys| {
+                    keys.remove(&old.node_key);
+                    keys.insert(node.node_key, (Arc::clone(tailnet), node.id));
+                });
+                if old.node_key != node.node_key {
+                    self.revoked(&old.node_key);
+                }
+                let mut locked = tailnet.lock();
+                // Whether it is online may have changed while it was written.
+                let online = locked.snapshot().node(node.id).is_some_and(|node| node.online);
+                locked.put(NodeRecord { online, ..node }, What::Whole)
+            }
+            None => {
+                let reserved = Reserved::new(tailnet, self.next_node(), &applicant.hostinfo.hostname)?;
+                let row = NodeRow {
+                    id: reserved.id.0,
+                    tailnet: tailnet.settings.name.clone(),
+                    node_key: applicant.node_key,
+                    machine_key: applicant.machine,
+                    user: identity.user.map(|user| user.0),
+                    name: reserved.name.clone(),
+                    name_is_given: false,
+                    v4: reserved.v4,
+                    v6: reserved.v6,
+                    auth_key: identity.auth_key,
+                    created: now(),
+                    record: NodeFacts {
+                        hostinfo: applicant.hostinfo,
+                        cap: applicant.version,
+                        tags: identity.tags,
+                        ephemeral: identity.ephemeral,
+                        key_expiry,
+                        ..NodeFacts::default()
+                    },
+                };
+                writes.push(Write::InsertNode(row.clone()));
+                self.0.store.commit(writes).await.map_err(spent)?;
+                let node = NodeRecord::from_row(row);
+                self.index(|keys| {
+                    keys.insert(node.node_key, (Arc::clone(tailnet), node.id));
+                });
+                let mut locked = tailnet.lock();
+                reserved.keep();
+                locked.state.by_machine.entry(node.machine_key).or_default().push(node.id);
+                if node.ephemeral {
+                    // One that never opens a stream is gone after its time as well.
+                    locked.state.leaving.insert(node.id, now());
+                }
+                locked.put(node, What::Whole)
+            }
+        };
+        self.0.registrations.inc();
+        tracing::info!(tailnet = tailnet.settings.name, node = node.name, id = node.id.0, "registered");
+        Ok((Arc::clone(tailnet), node))
+    }
+
+    pub(super) fn next_user(&self) -> UserId {
+        UserId(self.0.last_user.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+fn spent(error: store::Error) -> Refused {
+    match error {
+        store::Error::KeyNotUsable { .. } => Refused::KeyUsed,
+        other => Refused::Store(other),
+    }
+}
+
+/// New facts over old ones. Clients send NetInfo only when it changes.
+pub fn merged(old: &Hostinfo, new: Hostinfo) -> Hostinfo {
+    Hostinfo { net_info: new.net_info.or_else(|| old.net_info.clone()), ..new }
+}
+
+/// The name of a node whose host is now called `hostname`; notes it as taken.
+pub fn follow_name(
+    taken: &mut std::collections::HashMap<String, lacis_wire::control::NodeId>,
+    node: &NodeRecord,
+    hostname: &str,
+) -> String {
+    if node.name_is_given
+        || hostname.is_empty()
+        || names::label(hostname) == names::label(&node.hostinfo.hostname)
+    {
+        return node.name.clone();
+    }
+    taken.remove(&node.name);
+    let name = names::free(&names::label(hostname), |name| taken.contains_key(name));
+    taken.insert(name.clone(), node.id);
+    name
+}
+
+/// A name and addresses that are taken until the node is stored; given back if that fails or is cancelled.
+struct Reserved<'a> {
+    tailnet: &'a Tailnet,
+    id: lacis_wire::control::NodeId,
+    name: String,
+    v4: std::net::Ipv4Addr,
+    v6: std::net::Ipv6Addr,
+    keep: bool,
+}
+
+impl<'a> Reserved<'a> {
+    fn new(tailnet: &'a Tailnet, id: lacis_wire::control::NodeId, hostname: &str) -> Result<Self, Refused> {
+        let mut locked = tailnet.lock();
+        let (v4, v6) = locked.state.addresses.give().ok_or(Refused::NoAddress)?;
+        let name = names::free(&names::label(hostname), |name| locked.state.names.contains_key(name));
+        locked.state.names.insert(name.clone(), id);
+        Ok(Self { tailnet, id, name, v4, v6, keep: false })
+    }
+
+    fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if !self.keep {
+            let mut locked = self.tailnet.lock();
+            locked.state.names.remove(&self.name);
+            locked.state.addresses.give_back(self.v4);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! One network: its nodes and users, the log of what changed, and who is listening.
+//!
+//! Whoever changes something holds the state's lock for a few lines: a new record, a new snapshot, one entry in the
+//! log. Listeners (map streams) wait for the log to grow, take what came since they last looked, and send it; what
+//! several of them are to be sent alike is encoded once (`frames`). A listener that fell behind the log begins anew.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwap;
+use lacis_wire::control::{NodeId, PeerChange, UserId, UserProfile};
+use lacis_wire::key::MachineKey;
+use serde_json::value::RawValue;
+use tokio::sync::watch;
+
+use super::addresses::Addresses;
+use super::frames::FrameCache;
+use super::record::{NodeRecord, TAGGED_USER, UserRecord, tagged_profile};
+
+/// Changes that the log remembers: a listener further behind is sent everything.
+const LOG: usize = 2048;
+
+/// Everything of a network at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The number of the last change in it.
+    pub head: u64,
+    /// By id.
+    pub nodes: Vec<Arc<NodeRecord>>,
+    pub users: BTreeMap<UserId, Arc<UserRecord>>,
+}
+
+impl Snapshot {
+    pub fn node(&self, id: NodeId) -> Option<&Arc<NodeRecord>> {
+        self.nodes.binary_search_by_key(&id, |node| node.id).ok().map(|at| &self.nodes[at])
+    }
+
+    /// The profile of the user that a node is shown under.
+    pub fn profile(&self, user: Option<UserId>) -> UserProfile {
+        match user.and_then(|id| self.users.get(&id)) {
+            Some(user) => user.profile(),
+            None => UserProfile { id: user.unwrap_or(TAGGED_USER), ..tagged_profile() },
+        }
+    }
+
+    pub fn user_named(&self, name: &str) -> Option<&Arc<UserRecord>> {
+        self.users.values().find(|user| user.name == name)
+    }
+}
+
+/// What happened to one node.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// New, or changed in a way that only the whole record tells.
+    Whole,
+    /// Peers need only this; the node itself knows already.
+    Patch(PeerChange),
+    /// Peers need only this; the node itself must be told too.
+    PatchAndSelf(PeerChange),
+    Removed,
+}
+
+#[derive(Clone, Debug)]
+pub struct Change {
+    pub node: NodeId,
+    pub what: What,
+}
+
+/// What never changes while the program runs.
+#[derive(Debug)]
+pub struct Settings {
+    pub name: String,
+    pub domain: String,
+    /// Parts of the first frame, encoded once.
+    pub derp_map: Box<RawValue>,
+    pub dns: Box<RawValue>,
+}
+
+#[derive(Debug, Default)]
+pub struct State {
+    pub addresses: Addresses,
+    pub names: HashMap<String, NodeId>,
+    pub by_machine: HashMap<MachineKey, Vec<NodeId>>,
+    /// Open map streams a node.
+    pub sessions: HashMap<NodeId, usize>,
+    /// When a node whose last stream ended counts as away (Unix seconds).
+    pub leaving: HashMap<NodeId, i64>,
+    /// Nodes whose facts in the database are older than these.
+    pub dirty: HashSet<NodeId>,
+    log: VecDeque<Change>,
+}
+
+/// A network.
+#[derive(Debug)]
+pub struct Tailnet {
+    pub settings: Settings,
+    state: Mutex<State>,
+    current: ArcSwap<Snapshot>,
+    head: watch::Sender<u64>,
+    pub(super) frames: FrameCache,
+}
+
+/// The state, locked for a change.
+#[derive(Debug)]
+pub struct Editing<'a> {
+    tailnet: &'a Tailnet,
+    pub state: MutexGuard<'a, State>,
+}
+
+/// What came since a listener last looked.
+#[derive(Debug)]
+pub enum Since {
+    Changes(Vec<Change>, Arc<Snapshot>),
+    /// The log no longer reaches back that far.
+    Lost,
+}
+
+impl Tailnet {
+    pub fn new(settings: Settings, users: Vec<UserRecord>, nodes: Vec<NodeRecord>) -> Self {
+        let mut state = State::default();
+        for node in &nodes {
+            state.addresses.take(node.v4);
+            state.names.insert(node.name.clone(), node.id);
+            state.by_machine.entry(node.machine_key).or_default().push(node.id);
+        }
+        let mut nodes: Vec<_> = nodes.into_iter().map(Arc::new).collect();
+        nodes.sort_by_key(|node| node.id);
+        let users = users.into_iter().map(|user| (user.id, Arc::new(user))).collect();
+        Self {
+            settings,
+            state: Mutex::new(state),
+            current: ArcSwap::from_pointee(Snapshot { head: 0, nodes, users }),
+            head: watch::Sender::new(0),
+            frames: FrameCache::default(),
+        }
+    }
+
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Grows with every change.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.head.subscribe()
+    }
+
+    pub fn lock(&self) -> Editing<'_> {
+        // A panic while it was held is a bug; what is inside is whole all the same, since changes are single steps.
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Editing { tailnet: self, state }
+    }
+
+    /// The changes after `cursor`, with the snapshot that has them all.
+    pub fn since(&self, cursor: u64) -> Since {
+        let locked = self.lock();
+        let snapshot = self.snapshot();
+        let behind = snapshot.head.saturating_sub(cursor) as usize;
+        let log = &locked.state.log;
+        if behind > log.len() {
+            return Since::Lost;
+        }
+        Since::Changes(log.iter().skip(log.len() - behind).cloned().collect(), snapshot)
+    }
+}
+
+impl Editing<'_> {
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.tailnet.snapshot()
+    }
+
+    fn publish(&mut self, change: Change, edit: impl FnOnce(&mut Snapshot)) {
+        let mut next = (*self.snapshot()).clone();
+        edit(&mut next);
+        next.head += 1;
+        let head = next.head;
+        self.tailnet.current.store(Arc::new(next));
+        if self.state.log.len() == LOG {
+            self.state.log.pop_front();
+        }
+        self.state.log.push_back(change);
+        self.tailnet.head.send_replace(head);
+    }
+
+    /// Puts a node in place of the one with its id, or adds it.
+    pub fn put(&mut self, node: NodeRecord, what: What) -> Arc<NodeRecord> {
+        let node = Arc::new(node);
+        let put = Arc::clone(&node);
+        self.publish(Change { node: node.id, what }, |next| {
+            match next.nodes.binary_search_by_key(&put.id, |node| node.id) {
+                Ok(at) => next.nodes[at] = put,
+                Err(at) => next.nodes.insert(at, put),
+            }
+        });
+        node
+    }
+
+    /// Takes a node out, and gives its name and addresses back.
+    pub fn remove(&mut self, node: &NodeRecord) {
+        let id = node.id;
+        self.state.addresses.give_back(node.v4);
+        self.state.names.remove(&node.name);
+        if let Some(ids) = self.state.by_machine.get_mut(&node.machine_key) {
+            ids.retain(|other| *other != id);
+            if ids.is_empty() {
+                self.state.by_machine.remove(&node.machine_key);
+            }
+        }
+        self.state.sessions.remove(&id);
+        self.state.leaving.remove(&id);
+        self.state.dirty.remove(&id);
+        self.publish(Change { node: id, what: What::Removed }, |next| {
+            next.nodes.retain(|node| node.id != id)
+        });
+    }
+
+    /// Adds, changes or removes a user. Nodes are told with the next node of theirs.
+    pub fn edit_users(&mut self, edit: impl FnOnce(&mut BTreeMap<UserId, Arc<UserRecord>>)) {
+        let mut next = (*self.snapshot()).clone();
+        edit(&mut next.users);
+        self.tailnet.current.store(Arc::new(next));
+    }
+}

@@ -1,0 +1,334 @@
+//! The SQLite side of the store.
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection};
+use tokio::sync::mpsc;
+
+use super::rows::{AuthKeyRow, Loaded, NodeRow, UserRow};
+use super::{Error, Job, Write};
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// Jobs of one transaction: enough to spread an `fsync`, few enough that nobody waits long.
+const GROUP: usize = 256;
+/// Another process (a backup) may hold the database for a moment.
+const BUSY: Duration = Duration::from_secs(5);
+
+/// What SQLite says of a file that is none of its own or is torn.
+const SQLITE_CORRUPT: &str = "11";
+const SQLITE_NOTADB: &str = "26";
+
+fn open_error(path: &Path, error: &sqlx::Error) -> Error {
+    let path = path.to_owned();
+    let reason = match error {
+        sqlx::Error::Database(inner) => {
+            let code = inner.code().unwrap_or_default().into_owned();
+            if code == SQLITE_CORRUPT || code == SQLITE_NOTADB {
+                return Error::Corrupt { path, reason: inner.message().to_owned() };
+            }
+            inner.message().to_owned()
+        }
+        other => other.to_string(),
+    };
+    Error::Open { path, reason }
+}
+
+pub(super) async fn open(path: &Path) -> Result<SqliteConnection, Error> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Normal)
+        .foreign_keys(true)
+        .busy_timeout(BUSY)
+        .statement_cache_capacity(32)
+        .disable_statement_logging();
+    let mut connection = options.connect().await.map_err(|error| open_error(path, &error))?;
+    let answer: String = sqlx::query_scalar("PRAGMA quick_check(1)")
+        .fetch_one(&mut connection)
+        .await
+        .map_err(|error| open_error(path, &error))?;
+    if answer != "ok" {
+        return Err(Error::Corrupt { path: path.to_owned(), reason: answer });
+    }
+    MIGRATIONS.run_direct(None, &mut connection, false).await.map_err(|error| match error {
+        sqlx::migrate::MigrateError::VersionMissing(version) => {
+            Error::Newer { path: path.to_owned(), reason: format!("migration {version} is unknown here") }
+        }
+        sqlx::migrate::MigrateError::Execute(error) => open_error(path, &error),
+        other => Error::Open { path: path.to_owned(), reason: other.to_string() },
+    })?;
+    Ok(connection)
+}
+
+/// A column that does not hold what the program wrote there.
+fn damaged<E: std::fmt::Display>(path: &Path, what: &'static str) -> impl Fn(E) -> Error {
+    move |error| Error::Corrupt { path: path.to_owned(), reason: format!("{what}: {error}") }
+}
+
+fn text<T: FromStr>(row: &SqliteRow, column: &'static str, path: &Path) -> Result<T, Error>
+where
+    T::Err: std::fmt::Display,
+{
+    let text: &str = row.try_get(column).map_err(damaged(path, column))?;
+    text.parse().map_err(damaged(path, column))
+}
+
+fn json<T: serde::de::DeserializeOwned>(
+    row: &SqliteRow,
+    column: &'static str,
+    path: &Path,
+) -> Result<T, Error> {
+    let text: &str = row.try_get(column).map_err(damaged(path, column))?;
+    serde_json::from_str(text).map_err(damaged(path, column))
+}
+
+pub(super) async fn load(connection: &mut SqliteConnection, path: &Path) -> Result<Loaded, Error> {
+    let mut loaded = Loaded::default();
+    let failed = |error: sqlx::Error| open_error(path, &error);
+    for row in
+        sqlx::query("SELECT * FROM users ORDER BY id").fetch_all(&mut *connection).await.map_err(failed)?
+    {
+        loaded.users.push(UserRow {
+            id: row.try_get("id").map_err(failed)?,
+            tailnet: row.try_get("tailnet").map_err(failed)?,
+            name: row.try_get("name").map_err(failed)?,
+            display_name: row.try_get("display_name").map_err(failed)?,
+            created: row.try_get("created").map_err(failed)?,
+        });
+    }
+    for row in sqlx::query("SELECT * FROM auth_keys").fetch_all(&mut *connection).await.map_err(failed)? {
+        let hash: Vec<u8> = row.try_get("hash").map_err(failed)?;
+        loaded.keys.push(AuthKeyRow {
+            id: row.try_get("id").map_err(failed)?,
+            tailnet: row.try_get("tailnet").map_err(failed)?,
+            hash: hash.try_into().map_err(|_| damaged(path, "hash")("not 32 bytes"))?,
+            user: row.try_get("user_id").map_err(failed)?,
+            tags: json(&row, "tags", path)?,
+            reusable: row.try_get("reusable").map_err(failed)?,
+            ephemeral: row.try_get("ephemeral").map_err(failed)?,
+            used: row.try_get("used").map_err(failed)?,
+            revoked: row.try_get("revoked").map_err(failed)?,
+            created: row.try_get("created").map_err(failed)?,
+            expires: row.try_get("expires").map_err(failed)?,
+        });
+    }
+    for row in
+        sqlx::query("SELECT * FROM nodes ORDER BY id").fetch_all(&mut *connection).await.map_err(failed)?
+    {
+        loaded.nodes.push(NodeRow {
+            id: row.try_get("id").map_err(failed)?,
+            tailnet: row.try_get("tailnet").map_err(failed)?,
+            node_key: text(&row, "node_key", path)?,
+            machine_key: text(&row, "machine_key", path)?,
+            user: row.try_get("user_id").map_err(failed)?,
+            name: row.try_get("name").map_err(failed)?,
+            name_is_given: row.try_get("name_is_given").map_err(failed)?,
+            v4: text(&row, "v4", path)?,
+            v6: text(&row, "v6", path)?,
+            auth_key: row.try_get("auth_key").map_err(failed)?,
+            created: row.try_get("created").map_err(failed)?,
+            record: json(&row, "record", path)?,
+        });
+    }
+    for row in sqlx::query("SELECT name, seq FROM sqlite_sequence")
+        .fetch_all(&mut *connection)
+        .await
+        .map_err(failed)?
+    {
+        let table: String = row.try_get("name").map_err(failed)?;
+        let last: i64 = row.try_get("seq").map_err(failed)?;
+        match table.as_str() {
+            "users" => loaded.last_user = last,
+            "nodes" => loaded.last_node = last,
+            _ => {}
+        }
+    }
+    Ok(loaded)
+}
+
+/// Writes what comes until nobody can send any more, and closes the database in good order.
+pub(super) async fn write(mut connection: SqliteConnection, mut queue: mpsc::Receiver<Job>) {
+    while let Some(first) = queue.recv().await {
+        let mut group = vec![first];
+        while group.len() < GROUP {
+            let Ok(job) = queue.try_recv() else { break };
+            group.push(job);
+        }
+        let mut results = Vec::with_capacity(group.len());
+        let outcome = transaction(&mut connection, &group, &mut results).await;
+        for (index, (_, done)) in group.into_iter().enumerate() {
+            let result = match &outcome {
+                Ok(()) => results.get(index).cloned().unwrap_or(Err(Error::Stopped)),
+                Err(error) => Err(Error::Write { reason: error.to_string() }),
+            };
+            // Nobody waits any more when the request was cancelled; the change stands all the same.
+            let _ = done.send(result);
+        }
+    }
+    if let Err(error) = connection.close().await {
+        tracing::warn!(%error, "closing the database");
+    }
+}
+
+async fn transaction(
+    connection: &mut SqliteConnection,
+    group: &[Job],
+    results: &mut Vec<Result<(), Error>>,
+) -> Result<(), sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    for (writes, _) in group {
+        let mut savepoint = transaction.begin().await?;
+        let mut result = Ok(());
+        for write in writes {
+            result = apply(&mut savepoint, write).await;
+            if result.is_err() {
+                break;
+            }
+        }
+        if result.is_ok() {
+            savepoint.commit().await?;
+        } else {
+            savepoint.rollback().await?;
+        }
+        results.push(result);
+    }
+    transaction.commit().await
+}
+
+async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), Error> {
+    let refused = |error: sqlx::Error| Error::Write { reason: error.to_string() };
+    let query = match write {
+        Write::InsertUser(user) => {
+            sqlx::query("INSERT INTO users (id, tailnet, name, display_name, created) VALUES (?, ?, ?, ?, ?)")
+                .bind(user.id)
+                .bind(&user.tailnet)
+                .bind(&user.name)
+                .bind(&user.display_name)
+                .bind(user.created)
+        }
+        Write::DeleteUser(id) => sqlx::query("DELETE FROM users WHERE id = ?").bind(id),
+        Write::InsertKey(key) => sqlx::query(
+            "INSERT INTO auth_keys (id, tailnet, hash, user_id, tags, reusable, ephemeral, used, revoked, created, expires) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(&key.id)
+        .bind(&key.tailnet)
+        .bind(key.hash.to_vec())
+        .bind(key.user)
+        .bind(to_json(&key.tags)?)
+        .bind(key.reusable)
+        .bind(key.ephemeral)
+        .bind(key.used)
+        .bind(key.revoked)
+        .bind(key.created)
+        .bind(key.expires),
+        Write::SpendKey(id) => {
+            let done = sqlx::query(
+                "UPDATE auth_keys SET used = 1 WHERE id = ? AND revoked = 0 AND (reusable = 1 OR used = 0)",
+            )
+            .bind(id)
+            .execute(connection)
+            .await
+            .map_err(refused)?;
+            return if done.rows_affected() == 1 { Ok(()) } else { Err(Error::KeyNotUsable { id: id.clone() }) };
+        }
+        Write::RevokeKey(id) => sqlx::query("UPDATE auth_keys SET revoked = 1 WHERE id = ?").bind(id),
+        Write::InsertNode(node) => sqlx::query(
+            "INSERT INTO nodes (node_key, machine_key, user_id, name, name_is_given, auth_key, record, id, tailnet, v4, v6, created) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(node.node_key.to_string())
+        .bind(node.machine_key.to_string())
+        .bind(node.user)
+        .bind(&node.name)
+        .bind(node.name_is_given)
+        .bind(&node.auth_key)
+        .bind(to_json(&node.record)?)
+        .bind(node.id)
+        .bind(&node.tailnet)
+        .bind(node.v4.to_string())
+        .bind(node.v6.to_string())
+        .bind(node.created),
+        Write::UpdateNode(node) => sqlx::query(
+            "UPDATE nodes SET node_key = ?, machine_key = ?, user_id = ?, name = ?, name_is_given = ?, auth_key = ?, record = ? \
+             WHERE id = ?",
+        )
+        .bind(node.node_key.to_string())
+        .bind(node.machine_key.to_string())
+        .bind(node.user)
+        .bind(&node.name)
+        .bind(node.name_is_given)
+        .bind(&node.auth_key)
+        .bind(to_json(&node.record)?)
+        .bind(node.id),
+        Write::DeleteNode(id) => sqlx::query("DELETE FROM nodes WHERE id = ?").bind(id),
+    };
+    query.execute(connection).await.map_err(refused)?;
+    Ok(())
+}
+
+fn to_json<T: serde::Serialize>(value: &T) -> Result<String, Error> {
+    serde_json::to_string(value).map_err(|error| Error::Write { reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    fn key(id: &str) -> AuthKeyRow {
+        AuthKeyRow {
+            id: id.to_owned(),
+            tailnet: "lab".to_owned(),
+            hash: [7; 32],
+            user: None,
+            tags: vec!["tag:a".to_owned()],
+            reusable: false,
+            ephemeral: false,
+            used: false,
+            revoked: false,
+            created: 1,
+            expires: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        let (store, loaded) = Store::open(path.clone()).await.unwrap();
+        assert!(loaded.keys.is_empty());
+        store.commit(vec![Write::InsertKey(key("k1"))]).await.unwrap();
+        store.commit(vec![Write::SpendKey("k1".to_owned())]).await.unwrap();
+        drop(store);
+        let (_, loaded) = Store::open(path).await.unwrap();
+        assert_eq!(loaded.keys, [AuthKeyRow { used: true, ..key("k1") }]);
+    }
+
+    #[tokio::test]
+    async fn a_job_that_fails_leaves_nothing_and_hurts_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(folder.path().join("db.sqlite")).await.unwrap();
+        store.commit(vec![Write::InsertKey(key("k1"))]).await.unwrap();
+        let spend = || store.commit(vec![Write::SpendKey("k1".to_owned())]);
+        let (first, second, other) =
+            tokio::join!(spend(), spend(), store.commit(vec![Write::InsertKey(key("k2"))]));
+        assert!(first.is_ok());
+        assert!(matches!(second, Err(Error::KeyNotUsable { .. })));
+        assert!(other.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_database_is_called_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        std::fs::write(&path, vec![b'x'; 4096]).unwrap();
+        let error = Store::open(path).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    }
+}
