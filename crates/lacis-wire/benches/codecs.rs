@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
-use divan::counter::{BytesCount, ItemsCount};
 use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
 use lacis_wire::control::{MapResponse, Node, NodeId, decode_request, to_json};
 use lacis_wire::derp::{Decoder, Frame, Role, SEND_PACKET_HEADER_LEN, write_send_packet_header};
 use lacis_wire::disco::{self, Message, SharedBox};

@@ -8,7 +8,7 @@ mod derp_map;
 mod dns;
 mod filter;
 mod hostinfo;
-mod json;
+pub(crate) mod json;
 mod map;
 mod node;
 mod register;

@@ -98,7 +98,8 @@ impl Decoder {
             Compression::Zstd => {
                 let reader = zstd::stream::read::Decoder::with_buffer(&block[..]).map_err(Error::Zstd)?;
                 let mut message = Vec::new();
-                let read = reader.take(MAX_MESSAGE as u64 + 1).read_to_end(&mut message).map_err(Error::Zstd)?;
+                let read =
+                    reader.take(MAX_MESSAGE as u64 + 1).read_to_end(&mut message).map_err(Error::Zstd)?;
                 if read > MAX_MESSAGE {
                     return Err(Error::Zstd(std::io::ErrorKind::FileTooLarge.into()));
                 }

@@ -14,7 +14,11 @@ pub struct DerpMap {
     pub home_params: Option<DerpHomeParams>,
     #[serde(deserialize_with = "regions")]
     pub regions: BTreeMap<u16, DerpRegion>,
-    #[serde(rename = "omitDefaultRegions", skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(
+        rename = "omitDefaultRegions",
+        skip_serializing_if = "is_default",
+        deserialize_with = "nullable"
+    )]
     pub omit_default_regions: bool,
 }
 

@@ -115,7 +115,11 @@ pub struct NetInfo {
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub link_type: String,
     /// `<region>-v4` or `<region>-v6` to seconds.
-    #[serde(rename = "DERPLatency", skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
+    #[serde(
+        rename = "DERPLatency",
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "nullable"
+    )]
     pub derp_latency: BTreeMap<String, f64>,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub firewall_mode: String,
