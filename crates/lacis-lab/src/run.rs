@@ -39,7 +39,7 @@ pub struct Arguments {
     /// Run it so many times, and stop at the first failure
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub runs: u32,
-    /// A stranger's program, such as tailscaled=/opt/tailscaled
+    /// A stranger's program, such as tailscaled=/opt/tailscaled, or another build of one of ours
     #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
     pub peer: Vec<(String, PathBuf)>,
     /// A folder with strangers' programs
@@ -77,7 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     extend_path();
     check_system(&topology)?;
-    let mut programs = own_programs(&release, &topology)?;
+    let mut programs = own_programs(&release, &topology, &peers)?;
     programs.insert("lacis-lab".to_owned(), own.clone());
     programs.extend(peers);
     programs.extend(build_programs(&folder, &topology)?);
@@ -129,9 +129,15 @@ fn find_peers(arguments: &Arguments, topology: &Topology) -> Result<BTreeMap<Str
     Ok(found)
 }
 
-fn own_programs(release: &Path, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
+/// The project's programs, from where this one was built; another build may be given as a peer.
+fn own_programs(
+    release: &Path,
+    topology: &Topology,
+    given: &BTreeMap<String, PathBuf>,
+) -> Result<BTreeMap<String, PathBuf>> {
     let mut programs = BTreeMap::new();
-    for program in topology.services().iter().flat_map(|service| service.own_programs()) {
+    let wanted = topology.services().into_iter().flat_map(|service| service.own_programs());
+    for program in wanted.filter(|program| !given.contains_key(**program)) {
         let path = release.join(program);
         ensure!(path.is_file(), "{} is not built: cargo build --release --bins", path.display());
         programs.insert((*program).to_owned(), path);
