@@ -7,8 +7,10 @@
 use std::error::Error;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 /// The crate reports no home relay until its map stream has settled, so the first datagrams of a pair may be lost.
@@ -20,7 +22,9 @@ const NEXT_ANSWER: Duration = Duration::from_secs(3);
 async fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [url, key_file, hostname, command, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: interop-peer URL AUTH_KEY_FILE HOSTNAME echo PORT | send ADDRESS PORT COUNT".into());
+        return Err(
+            "usage: interop-peer URL AUTH_KEY_FILE HOSTNAME echo PORT | send ADDRESS PORT COUNT".into()
+        );
     };
     let config = tailscale::Config {
         control_server_url: url.parse()?,
@@ -57,12 +61,23 @@ async fn send(
     to: SocketAddr,
     count: usize,
 ) -> Result<(), Box<dyn Error>> {
-    let socket = device.udp_bind(at).await?;
+    let socket = Arc::new(device.udp_bind(at).await?);
+    // One task receives and is never cancelled: a receive that is given up stays queued inside the crate and swallows
+    // the next datagram.
+    let (answers, mut answered_by) = mpsc::channel(64);
+    let receiver = Arc::clone(&socket);
+    tokio::spawn(async move {
+        while let Ok((_, datagram)) = receiver.recv_from_bytes().await {
+            if answers.send(datagram).await.is_err() {
+                return;
+            }
+        }
+    });
     let first = async {
         loop {
             socket.send_to(to, b"hello").await?;
-            if let Ok(answer) = timeout(Duration::from_secs(1), socket.recv_from_bytes()).await {
-                return answer.map_err(Box::<dyn Error>::from);
+            if let Ok(answer) = timeout(Duration::from_secs(1), answered_by.recv()).await {
+                return answer.map(drop).ok_or_else(|| Box::<dyn Error>::from("the socket was closed"));
             }
         }
     };
@@ -72,7 +87,7 @@ async fn send(
         let text = format!("datagram {number}");
         socket.send_to(to, text.as_bytes()).await?;
         // Answers to the first datagrams may still be on their way: take what comes until it is this one's.
-        while let Ok(Ok((_, datagram))) = timeout(NEXT_ANSWER, socket.recv_from_bytes()).await {
+        while let Ok(Some(datagram)) = timeout(NEXT_ANSWER, answered_by.recv()).await {
             if datagram[..] == *text.as_bytes() {
                 answered += 1;
                 break;
