@@ -80,9 +80,11 @@ pub fn inside(job: &Path) -> Result<ExitCode> {
     let nowhere = Path::new("none");
     sys::mount(nowhere, Path::new("/"), "", libc::MS_REC | libc::MS_PRIVATE, "")
         .context("cannot keep mounts to ourselves")?;
-    sys::mount(Path::new("proc"), Path::new("/proc"), "proc", 0, "")
-        .context("cannot mount /proc for processes of our own (a container that hides parts of /proc forbids it)")?;
-    sys::mount(Path::new("lab"), Path::new("/run"), "tmpfs", 0, "mode=755").context("cannot mount a tmpfs on /run")?;
+    sys::mount(Path::new("proc"), Path::new("/proc"), "proc", 0, "").context(
+        "cannot mount /proc for processes of our own (a container that hides parts of /proc forbids it)",
+    )?;
+    sys::mount(Path::new("lab"), Path::new("/run"), "tmpfs", 0, "mode=755")
+        .context("cannot mount a tmpfs on /run")?;
     let lab = Path::new(LAB);
     for folder in ["bin", "hosts", "driver", "logs"] {
         fs::create_dir_all(lab.join(folder))?;
@@ -129,15 +131,18 @@ fn lay_out(name: &str, node: &Node, job: &Job, authority: &Authority) -> Result<
     }
     // What an ordinary user may not read is not needed.
     let _ = Command::new("cp").args(["-a", "/etc/."]).arg(&etc).stderr(Stdio::null()).status()?;
-    let names = job.plan.names.iter().flat_map(|(name, addresses)| addresses.iter().map(move |a| (name.as_str(), *a)));
+    let names = job
+        .plan
+        .names
+        .iter()
+        .flat_map(|(name, addresses)| addresses.iter().map(move |a| (name.as_str(), *a)));
     let names = names.filter(|_| !job.names_by_dns);
     replace(&etc.join("hosts"), &units::hosts_file(name, names))?;
     replace(&etc.join("hostname"), &format!("{name}\n"))?;
     replace(&etc.join("resolv.conf"), &format!("nameserver {RESOLVER}\n"))?;
     let switch = fs::read_to_string(etc.join("nsswitch.conf")).unwrap_or_default();
-    let others: String =
-        switch.lines().filter(|line| !line.starts_with("hosts:")).map(|line| format!("{line}\n")).collect();
-    replace(&etc.join("nsswitch.conf"), &format!("{others}hosts: files dns\n"))?;
+    let others: Vec<&str> = switch.lines().filter(|line| !line.starts_with("hosts:")).collect();
+    replace(&etc.join("nsswitch.conf"), &format!("{}\nhosts: files dns\n", others.join("\n")))?;
     let bundle = etc.join("ssl/certs/ca-certificates.crt");
     let known = fs::read_to_string(&bundle).unwrap_or_default();
     replace(&bundle, &format!("{known}\n{}", authority.certificate()))?;
@@ -203,11 +208,13 @@ pub fn host(name: &str, again: bool) -> Result<ExitCode> {
     fs::create_dir_all(home.join("run/lab"))?;
     sys::bind(Path::new(LAB), &home.join("run/lab"))?;
     for (source, target) in [("etc", "/etc"), ("var-lib", "/var/lib"), ("tmp", "/tmp"), ("run", "/run")] {
-        sys::bind(&home.join(source), Path::new(target)).with_context(|| format!("cannot lay out {target}"))?;
+        sys::bind(&home.join(source), Path::new(target))
+            .with_context(|| format!("cannot lay out {target}"))?;
     }
     let mut first = Command::new(Path::new(units::PROGRAMS).join("lacis-lab"));
     first.arg("first-process").stdout(Stdio::piped()).stdin(Stdio::null());
-    let mut first = sys::die_with_parent(&mut first).spawn().context("cannot start the host's first process")?;
+    let mut first =
+        sys::die_with_parent(&mut first).spawn().context("cannot start the host's first process")?;
     let mut said = String::new();
     if let Some(stdout) = first.stdout.take() {
         BufReader::new(stdout).read_line(&mut said)?;

@@ -124,7 +124,9 @@ pub fn ruleset(kind: NatKind, block: &[Block]) -> String {
     for block in block {
         let _ = writeln!(text, "  {}", block.rule());
     }
-    text.push_str("  ct state established,related accept\n  iifname \"lan\" accept\n  ct status dnat accept\n }\n");
+    text.push_str(
+        "  ct state established,related accept\n  iifname \"lan\" accept\n  ct status dnat accept\n }\n",
+    );
     // A router drops what nobody asked for on its own address: an accepted stray packet would take
     // the port that an inner host is about to use towards the same peer.
     if !matches!(kind, NatKind::Open | NatKind::ConeOpenInput) {

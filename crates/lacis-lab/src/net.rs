@@ -14,7 +14,8 @@ use crate::plan::{INTERNET, INTERNET_ADDRESS, Link, Node, Plan, RESOLVER, Role};
 /// Kernel settings of every namespace: no waiting for duplicate address detection, addresses kept on link down.
 const SETTINGS: &str = "for d in all default; do echo 0 >/proc/sys/net/ipv6/conf/$d/accept_dad; \
     echo 1 >/proc/sys/net/ipv6/conf/$d/keep_addr_on_down; echo 0 >/proc/sys/net/ipv4/conf/$d/rp_filter; done 2>/dev/null; ";
-const FORWARDING: &str = "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding; ";
+const FORWARDING: &str =
+    "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding; ";
 
 /// Builds everything.
 pub fn build(plan: &Plan) -> Result<()> {
@@ -58,7 +59,10 @@ pub fn rebuild(plan: &Plan, name: &str) -> Result<()> {
 
 fn prepare(name: &str, node: &Node) -> Result<()> {
     let forwarding = if node.role == Role::Host { "" } else { FORWARDING };
-    run(Command::new("ip").args(["netns", "exec", name, "sh", "-c", &format!("{SETTINGS}{forwarding}true")]), "")?;
+    run(
+        Command::new("ip").args(["netns", "exec", name, "sh", "-c", &format!("{SETTINGS}{forwarding}true")]),
+        "",
+    )?;
     let mut batch = String::from("link set lo up\n");
     if name == INTERNET {
         let _ = writeln!(batch, "addr add {INTERNET_ADDRESS}/32 dev lo\naddr add {RESOLVER}/32 dev lo");
@@ -97,8 +101,11 @@ fn plug(name: &str, link: &Link) -> Result<()> {
         let _ = writeln!(here, "route add {route}");
     }
     ip(Some(name), &here)?;
-    let routes: String = link.other_routes.iter().map(|route| format!("route replace {route}\n")).collect();
-    ip(Some(other), &routes)
+    let mut back = String::new();
+    for route in &link.other_routes {
+        let _ = writeln!(back, "route replace {route}");
+    }
+    ip(Some(other), &back)
 }
 
 fn no_dad(address: &str) -> &'static str {
@@ -122,7 +129,7 @@ fn run(command: &mut Command, input: &str) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        .with_context(|| format!("cannot run {}", command.get_program().display()))?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(input.as_bytes())?;
     }

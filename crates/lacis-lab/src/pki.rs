@@ -4,7 +4,8 @@
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
 };
 
 /// The authority of one run.
@@ -40,7 +41,8 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, "lab authority, of one run");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?).context("cannot make an authority")?;
+        let issuer =
+            CertifiedIssuer::self_signed(params, KeyPair::generate()?).context("cannot make an authority")?;
         Ok(Self { issuer })
     }
 

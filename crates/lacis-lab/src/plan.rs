@@ -149,7 +149,8 @@ impl Plan {
                 }
                 None => {
                     let address = host.address.unwrap_or_else(|| free_address(&mut taken));
-                    let v6 = host.ipv6.then(|| Ipv6Addr::new(0x2001, 0xdb8, 0, u16::from(number) + 1, 0, 0, 0, 1));
+                    let v6 =
+                        host.ipv6.then(|| Ipv6Addr::new(0x2001, 0xdb8, 0, u16::from(number) + 1, 0, 0, 0, 1));
                     (single(address, v6), Way::Core)
                 }
             };
@@ -213,12 +214,7 @@ fn insides(topology: &Topology) -> Result<BTreeMap<&str, Inside>> {
     Ok(inside)
 }
 
-fn router(
-    number: usize,
-    name: &str,
-    site: &Site,
-    inside: &BTreeMap<&str, Inside>,
-) -> Result<Node> {
+fn router(number: usize, name: &str, site: &Site, inside: &BTreeMap<&str, Inside>) -> Result<Node> {
     let number = u8::try_from(number).context("too many sites")?;
     let own = &inside[name];
     let mut beyond: Vec<String> = Vec::new();
@@ -320,7 +316,9 @@ fn link(
     let mut other_addresses = Vec::new();
     let mut other_routes = Vec::new();
     match gateways {
-        Some(gateways) => routes.extend(gateways.iter().map(|gateway| format!("default via {gateway} dev {device}"))),
+        Some(gateways) => {
+            routes.extend(gateways.iter().map(|gateway| format!("default via {gateway} dev {device}")));
+        }
         None => {
             routes.push(format!("default via {INTERNET_ADDRESS} dev {device} onlink"));
             if addresses.len() > 1 {
@@ -371,8 +369,10 @@ fn draw_below(
     indent: &str,
     lines: &mut Vec<(String, String, String)>,
 ) {
-    let mut below: Vec<(&String, &Node)> =
-        nodes.iter().filter(|(_, node)| node.role != Role::Internet && node.site.as_deref() == site).collect();
+    let mut below: Vec<(&String, &Node)> = nodes
+        .iter()
+        .filter(|(_, node)| node.role != Role::Internet && node.site.as_deref() == site)
+        .collect();
     // Open hosts first, then the sites with what is in them.
     below.sort_by_key(|(_, node)| node.role == Role::Router);
     let count = below.len();
@@ -413,7 +413,9 @@ mod tests {
 
     #[test]
     fn a_site_behind_another_hangs_on_its_network() {
-        let plan = plan("[sites.carrier]\nlan = \"100.64.0\"\n[sites.home]\nbehind = \"carrier\"\n[hosts.x]\nsite = \"home\"\n");
+        let plan = plan(
+            "[sites.carrier]\nlan = \"100.64.0\"\n[sites.home]\nbehind = \"carrier\"\n[hosts.x]\nsite = \"home\"\n",
+        );
         let home = plan.nodes["home"].uplink.clone().unwrap();
         assert_eq!(home.addresses, ["100.64.0.101/24"]);
         assert_eq!(home.other, "carrier");

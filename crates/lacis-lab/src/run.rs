@@ -1,5 +1,7 @@
 //! `lacis-lab run`: finds programs, makes namespaces, runs a scenario in them, and says how it went.
 
+#![allow(clippy::print_stdout)] // What it says is for the person who runs it.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,7 +58,10 @@ fn parse_peer(text: &str) -> Result<(String, PathBuf), String> {
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let folder = fs::canonicalize(&arguments.scenario)
         .with_context(|| format!("there is no scenario {}", arguments.scenario.display()))?;
-    let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).context("the scenario has no name")?;
+    let name = folder
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .context("the scenario has no name")?;
     let topology = Topology::load(&folder)?;
     let script = folder.join("test.py");
     ensure!(script.is_file(), "{} is missing", script.display());
@@ -98,7 +103,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         let started = Instant::now();
         let status = confined(&own, &job)?;
         let seconds = started.elapsed().as_secs_f64();
-        let of = if arguments.runs > 1 { format!(" (run {number} of {})", arguments.runs) } else { String::new() };
+        let of =
+            if arguments.runs > 1 { format!(" (run {number} of {})", arguments.runs) } else { String::new() };
         if status != 0 {
             println!("FAILED {name}{of} after {seconds:.1} s; logs: {}", logs.display());
             return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)));
@@ -169,10 +175,13 @@ fn check_system(topology: &Topology) -> Result<()> {
     let path = std::env::var("PATH").unwrap_or_default();
     for (tool, package) in TOOLS {
         if !path.split(':').any(|folder| Path::new(folder).join(tool).is_file()) {
-            bail!("{tool} is not installed: ./scripts/setup installs what the lab needs (Debian package {package})");
+            bail!(
+                "{tool} is not installed: ./scripts/setup installs what the lab needs (Debian package {package})"
+            );
         }
     }
-    let tun = [Service::Lacisd, Service::Tailscaled].iter().any(|service| topology.services().contains(service));
+    let tun =
+        [Service::Lacisd, Service::Tailscaled].iter().any(|service| topology.services().contains(service));
     if tun {
         fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").context(
             "cannot open /dev/net/tun, which the clients need (in a container: --device /dev/net/tun)",
@@ -204,7 +213,8 @@ fn confined(own: &Path, job: &Job) -> Result<i32> {
 /// Makes the namespaces of a run and starts its first process in them.
 pub fn confine(job: &Path) -> Result<ExitCode> {
     let own = std::env::current_exe()?;
-    let everything = libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWPID;
+    let everything =
+        libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWPID;
     let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
     if user == 0 {
         sys::unshare(everything).context(
@@ -218,13 +228,16 @@ pub fn confine(job: &Path) -> Result<ExitCode> {
              user.max_user_namespaces above 0)",
         )?;
         fs::write("/proc/self/setgroups", "deny").context("cannot set up a user namespace")?;
-        fs::write("/proc/self/uid_map", format!("0 {user} 1")).context("cannot become root of a user namespace")?;
-        fs::write("/proc/self/gid_map", format!("0 {group} 1")).context("cannot become root of a user namespace")?;
+        fs::write("/proc/self/uid_map", format!("0 {user} 1"))
+            .context("cannot become root of a user namespace")?;
+        fs::write("/proc/self/gid_map", format!("0 {group} 1"))
+            .context("cannot become root of a user namespace")?;
     }
     let mut first = Command::new(own);
     first.arg("inside").arg(job);
     std::os::unix::process::CommandExt::process_group(&mut first, 0);
-    let mut first = sys::die_with_parent(&mut first).spawn().context("cannot start the run's first process")?;
+    let mut first =
+        sys::die_with_parent(&mut first).spawn().context("cannot start the run's first process")?;
     fs::write(job.with_file_name("pid"), first.id().to_string())?;
     let status = sys::wait_forwarding(&mut first)?;
     Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))

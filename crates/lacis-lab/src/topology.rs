@@ -185,8 +185,9 @@ impl Topology {
     /// Reads `DIR/topology.toml`.
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("topology.toml");
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read {}: is {} a scenario?", path.display(), folder.display()))?;
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!("cannot read {}: is {} a scenario?", path.display(), folder.display())
+        })?;
         Self::parse(&text).with_context(|| format!("{} is not a topology", path.display()))
     }
 
@@ -229,7 +230,9 @@ impl Topology {
             ] {
                 if host.services.contains(&service) != config.is_some() {
                     let word = service.unit().trim_start_matches("lacis-");
-                    bail!("hosts.{name}: the service {word:?} and its configuration `{word} = {{ … }}` go together");
+                    bail!(
+                        "hosts.{name}: the service {word:?} and its configuration `{word} = {{ … }}` go together"
+                    );
                 }
             }
             for path in host.files.keys() {
@@ -244,7 +247,9 @@ impl Topology {
         let mut behind = site.behind.as_deref();
         while let Some(next) = behind {
             ensure!(seen.insert(next), "sites.{name}.behind: the way to the internet goes round in a circle");
-            let Some(site) = self.sites.get(next) else { bail!("sites.{name}.behind: there is no site {next}") };
+            let Some(site) = self.sites.get(next) else {
+                bail!("sites.{name}.behind: there is no site {next}")
+            };
             behind = site.behind.as_deref();
         }
         Ok(())
@@ -258,8 +263,11 @@ impl Topology {
 
 /// Three octets of a /24, from text such as "192.168.7".
 pub fn lan_prefix(text: &str) -> Result<[u8; 3]> {
-    let octets: Vec<u8> =
-        text.split('.').map(str::parse).collect::<Result<_, _>>().context("it must look like \"192.168.7\"")?;
+    let octets: Vec<u8> = text
+        .split('.')
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .context("it must look like \"192.168.7\"")?;
     octets.try_into().ok().context("it must look like \"192.168.7\"")
 }
 
@@ -267,7 +275,8 @@ pub fn lan_prefix(text: &str) -> Result<[u8; 3]> {
 mod tests {
     use super::*;
 
-    const SMALL: &str = "description = \"x\"\n[sites.home]\n[hosts.alice]\nsite = \"home\"\nservices = [\"lacisd\"]\n";
+    const SMALL: &str =
+        "description = \"x\"\n[sites.home]\n[hosts.alice]\nsite = \"home\"\nservices = [\"lacisd\"]\n";
 
     #[test]
     fn a_small_file_is_enough() {
@@ -286,7 +295,10 @@ mod tests {
             ("description = \"x\"\n[hosts.a]\nservices = [\"coordinator\"]\n", "go together"),
             ("description = \"x\"\n[hosts.a]\nservices = [\"cordinator\"]\n", "unknown variant"),
             ("description = \"x\"\n[sites.a]\n[hosts.a]\n", "two hosts or sites"),
-            ("description = \"x\"\n[sites.a]\nbehind = \"b\"\n[sites.b]\nbehind = \"a\"\n[hosts.h]\n", "circle"),
+            (
+                "description = \"x\"\n[sites.a]\nbehind = \"b\"\n[sites.b]\nbehind = \"a\"\n[hosts.h]\n",
+                "circle",
+            ),
             ("description = \"x\"\n[sites.a]\nlan = \"10.0\"\n[hosts.h]\n", "192.168.7"),
         ] {
             let error = format!("{:#}", Topology::parse(text).unwrap_err());

@@ -78,7 +78,8 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
             "Restart" => value.clone_into(&mut unit.restart),
             "RestartSec" => unit.restart_delay = seconds(value)?,
             "RestartPreventExitStatus" => {
-                unit.restart_prevent = words(value).iter().map(|code| code.parse()).collect::<Result<_, _>>()?;
+                unit.restart_prevent =
+                    words(value).iter().map(|code| code.parse()).collect::<Result<_, _>>()?;
             }
             "StateDirectory" => unit.state = words(value),
             "RuntimeDirectory" => unit.runtime = words(value),
@@ -149,7 +150,8 @@ mod tests {
         assert_eq!(unit.command.last().unwrap(), "--verbose");
         assert!(unit.notify && unit.restart == "always" && unit.restart_prevent == [78]);
         assert_eq!((unit.state, unit.runtime), (vec!["lacis".to_owned()], vec!["lacis".to_owned()]));
-        for service in [Service::Coordinator, Service::Relay, Service::Tailscaled, Service::Headscale, Service::Derper]
+        for service in
+            [Service::Coordinator, Service::Relay, Service::Tailscaled, Service::Headscale, Service::Derper]
         {
             assert!(!of(service, &[]).unwrap().command.is_empty());
         }
@@ -163,6 +165,8 @@ mod tests {
         .unwrap();
         let (path, text) = configuration(Service::Coordinator, &host).unwrap().unwrap();
         assert_eq!(path, "/etc/lacis/coordinator.yaml");
-        assert!(text.contains("server_url: https://x") && text.contains("state_dir: /var/lib/lacis-coordinator"));
+        assert!(
+            text.contains("server_url: https://x") && text.contains("state_dir: /var/lib/lacis-coordinator")
+        );
     }
 }
