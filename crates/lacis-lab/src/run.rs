@@ -190,12 +190,20 @@ fn check_system(topology: &Topology) -> Result<()> {
     Ok(())
 }
 
+/// `target/lab`, or a folder of the user's own where that is somebody else's.
 fn log_folder(release: &Path, name: &str, number: u32) -> Result<PathBuf> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let base = release.parent().unwrap_or(release).join("lab");
-    let folder = base.join(format!("{name}-{seconds}-{}-{number}", std::process::id()));
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    Ok(folder)
+    let own = format!("lacis-lab-{}", rustix::process::getuid().as_raw());
+    let bases = [release.parent().unwrap_or(release).join("lab"), std::env::temp_dir().join(own)];
+    let mut failures = Vec::new();
+    for base in bases {
+        let folder = base.join(format!("{name}-{seconds}-{}-{number}", std::process::id()));
+        match fs::create_dir_all(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) => failures.push(format!("{}: {error}", folder.display())),
+        }
+    }
+    bail!("there is no place for logs: {}", failures.join("; "))
 }
 
 /// Runs a job in namespaces of its own; the exit code of its script.
