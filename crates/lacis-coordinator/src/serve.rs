@@ -127,6 +127,11 @@ impl Service {
         })
     }
 
+    /// The core, for programs that embed the service.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
     /// Where clients may connect.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
