@@ -125,3 +125,9 @@ pub fn set_path(path: &str) {
     // SAFETY: the process has one thread wherever this is called.
     unsafe { std::env::set_var("PATH", path) }
 }
+
+/// Ticks a second of the times in /proc.
+pub fn clock_ticks() -> i64 {
+    // SAFETY: no memory is involved.
+    unsafe { libc::sysconf(libc::_SC_CLK_TCK) }
+}
