@@ -1,0 +1,241 @@
+//! Answers DNS messages: from the state where it can, by passing them on where it must.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use hickory_proto::op::{Message, MessageType, ResponseCode};
+
+use crate::answer::{Decision, decide, failed};
+use crate::forward::{self, Forwarded};
+use crate::state::DnsState;
+
+/// The largest UDP answer that is offered and taken.
+pub(crate) const MAX_UDP: u16 = 1232;
+/// What a client without EDNS takes.
+const PLAIN_UDP: u16 = 512;
+/// The shortest message: a header.
+const HEADER: usize = 12;
+
+/// How a question came, and so how large its answer may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Udp,
+    Tcp,
+}
+
+/// How questions are passed on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Mark of the sockets, so that they stay out of the tunnel.
+    pub fwmark: Option<u32>,
+}
+
+/// The resolver. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    state: Arc<RwLock<Arc<DnsState>>>,
+    options: Options,
+}
+
+impl Resolver {
+    pub fn new(options: Options) -> Self {
+        Self { state: Arc::default(), options }
+    }
+
+    /// Answers with this from now on.
+    pub fn set_state(&self, state: Arc<DnsState>) {
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    pub fn state(&self) -> Arc<DnsState> {
+        Arc::clone(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Answers at once, if nobody else must be asked; otherwise the question comes back.
+    pub(crate) fn answer_here(
+        &self,
+        query: &[u8],
+        transport: Transport,
+    ) -> Result<Option<Vec<u8>>, Box<Question>> {
+        let message = match Message::from_vec(query) {
+            Ok(message) if message.metadata.message_type == MessageType::Query => message,
+            // An answer is no question: saying anything could go on for ever.
+            Ok(_) => return Ok(None),
+            Err(_) => return Ok(unreadable(query)),
+        };
+        match decide(&self.state(), &message) {
+            Decision::Answer(answer) => Ok(encode(&answer, &message, transport)),
+            Decision::Forward(name) => {
+                Err(Box::new(Question { name, message, bytes: query.to_vec(), transport }))
+            }
+        }
+    }
+
+    /// Answers a DNS message; `None` when there is nothing to say.
+    pub async fn answer(&self, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+        match self.answer_here(query, transport) {
+            Ok(answer) => answer,
+            Err(question) => self.pass_on(question).await,
+        }
+    }
+
+    pub(crate) async fn pass_on(&self, question: Box<Question>) -> Option<Vec<u8>> {
+        let Question { name, message, bytes, transport } = *question;
+        let upstreams = self.state().upstreams(&name);
+        if upstreams.is_empty() {
+            return encode(&failed(&message, ResponseCode::ServFail), &message, transport);
+        }
+        let tcp = transport == Transport::Tcp;
+        let mut forwarded = forward::ask(&bytes, false, &upstreams, self.options.fwmark).await;
+        if forward::needs_tcp(&forwarded, tcp) {
+            forwarded = forward::ask(&bytes, true, &upstreams, self.options.fwmark).await;
+        }
+        match forwarded {
+            Forwarded::Answer(answer) => Some(fitted(answer, &message, transport)),
+            Forwarded::Failed(code) => encode(&failed(&message, code), &message, transport),
+            Forwarded::Silence => {
+                tracing::debug!(?upstreams, "no resolver answers");
+                encode(&failed(&message, ResponseCode::ServFail), &message, transport)
+            }
+        }
+    }
+}
+
+/// A question for somebody else.
+#[derive(Debug)]
+pub(crate) struct Question {
+    name: String,
+    message: Message,
+    bytes: Vec<u8>,
+    transport: Transport,
+}
+
+/// What can be said to a message that makes no sense, if its header does.
+fn unreadable(query: &[u8]) -> Option<Vec<u8>> {
+    if query.len() < HEADER || query[2] & 0x80 != 0 {
+        return None;
+    }
+    let mut answer = vec![0; HEADER];
+    answer[..2].copy_from_slice(&query[..2]);
+    // A response with the same opcode and "recursion desired", and the code FORMERR.
+    answer[2] = 0x80 | query[2] & 0x79;
+    answer[3] = 1;
+    Some(answer)
+}
+
+/// How much the asker takes by UDP.
+fn limit(query: &Message) -> usize {
+    query.edns.as_ref().map_or(PLAIN_UDP, |edns| edns.max_payload().clamp(PLAIN_UDP, MAX_UDP)).into()
+}
+
+fn encode(answer: &Message, query: &Message, transport: Transport) -> Option<Vec<u8>> {
+    let bytes =
+        answer.to_vec().inspect_err(|error| tracing::debug!(%error, "an answer cannot be written")).ok()?;
+    if transport == Transport::Udp && bytes.len() > limit(query) {
+        return answer.truncate().to_vec().ok();
+    }
+    Some(bytes)
+}
+
+/// An answer of somebody else, marked as cut if it is longer than the asker takes.
+fn fitted(mut answer: Vec<u8>, query: &Message, transport: Transport) -> Vec<u8> {
+    let declared = query.edns.as_ref().map_or(usize::from(PLAIN_UDP), |edns| edns.max_payload().into());
+    if transport == Transport::Udp
+        && answer.len() > declared.max(PLAIN_UDP.into())
+        && let Some(flags) = answer.get_mut(2)
+    {
+        *flags |= 0x02;
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+    use hickory_proto::op::Query;
+    use hickory_proto::rr::rdata::A;
+    use hickory_proto::rr::{Name, RData, Record, RecordType};
+    use proptest::prelude::*;
+    use tokio::net::UdpSocket;
+
+    use crate::state::Upstream;
+
+    fn question(name: &str) -> Vec<u8> {
+        let mut message = Message::query();
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+        message.metadata.recursion_desired = true;
+        message.to_vec().unwrap()
+    }
+
+    async fn upstream(code: ResponseCode) -> SocketAddr {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+                let query = Message::from_vec(&buffer[..length]).unwrap();
+                let mut answer = failed(&query, code);
+                if code == ResponseCode::NoError {
+                    let name = query.queries[0].name.clone();
+                    let data = RData::A(A(Ipv4Addr::new(192, 0, 2, 80)));
+                    answer.add_answer(Record::from_rdata(name, 60, data));
+                }
+                // First somebody who guesses.
+                let mut forged = answer.clone();
+                forged.metadata.id = forged.metadata.id.wrapping_add(1);
+                socket.send_to(&forged.to_vec().unwrap(), from).await.unwrap();
+                socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+            }
+        });
+        address
+    }
+
+    async fn asked(upstreams: Vec<SocketAddr>) -> Message {
+        let resolver = Resolver::new(Options::default());
+        let resolvers = upstreams.into_iter().map(Upstream::from).collect();
+        resolver.set_state(Arc::new(DnsState { resolvers, ..DnsState::default() }));
+        let query = question("www.example.org.");
+        let answer = resolver.answer(&query, Transport::Udp).await.unwrap();
+        assert_eq!(answer[..2], query[..2]);
+        Message::from_vec(&answer).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_question_is_passed_on_and_the_first_good_answer_wins() {
+        let good = upstream(ResponseCode::NoError).await;
+        let bad = upstream(ResponseCode::ServFail).await;
+        let answer = asked(vec![bad, good]).await;
+        assert_eq!(answer.answers.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn failures_are_told_when_everybody_fails() {
+        let bad = upstream(ResponseCode::ServFail).await;
+        let refusing = upstream(ResponseCode::Refused).await;
+        assert_eq!(asked(vec![refusing, bad]).await.metadata.response_code, ResponseCode::ServFail);
+        assert_eq!(asked(vec![refusing]).await.metadata.response_code, ResponseCode::Refused);
+        assert_eq!(asked(vec![]).await.metadata.response_code, ResponseCode::ServFail);
+    }
+
+    #[tokio::test]
+    async fn a_long_answer_is_cut_for_udp_and_whole_for_tcp() {
+        let many: Vec<IpAddr> = (0..100).map(|n| IpAddr::from([192, 0, 2, n])).collect();
+        let resolver = Resolver::new(Options::default());
+        let hosts = HashMap::from([("a.lab".to_owned(), many)]);
+        resolver.set_state(Arc::new(DnsState { hosts, has_ipv4: true, ..DnsState::default() }));
+        let cut = resolver.answer(&question("a.lab."), Transport::Udp).await.unwrap();
+        assert!(cut.len() <= 512 && Message::from_vec(&cut).unwrap().metadata.truncation);
+        let whole = resolver.answer(&question("a.lab."), Transport::Tcp).await.unwrap();
+        assert_eq!(Message::from_vec(&whole).unwrap().answers.len(), 100);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_it_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let resolver = Resolver::new(Options::default());
+            let _ = resolver.answer_here(&bytes, Transport::Udp);
+        }
+    }
+}
