@@ -30,7 +30,7 @@ const PARALLEL: usize = 32;
 /// What the last fan-outs of the joins need to settle before idleness is measured.
 const SETTLE: Duration = Duration::from_secs(2);
 /// A change that has not reached everybody by then counts as lost to the rest.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two changes, so that a server that batches does not get them in one batch.
 const PAUSE: Duration = Duration::from_millis(50);
 /// Descriptors that this process needs besides one for each client.
@@ -277,17 +277,22 @@ async fn renames(
 fn tell_times(what: &str, times: &[client::Outcome]) {
     let mut whole: Vec<Duration> = times.iter().filter_map(|outcome| outcome.last).collect();
     whole.sort();
-    let milliseconds =
-        |fraction| percentile(&whole, fraction).map_or(f64::NAN, |time| time.as_secs_f64() * 1e3);
-    println!(
-        "{what:<16} seen by the last client after {:.0} ms (p50), {:.0} ms (p99), of {} changes",
-        milliseconds(0.5),
-        milliseconds(0.99),
-        whole.len()
-    );
+    match (percentile(&whole, 0.5), percentile(&whole, 0.99)) {
+        (Some(half), Some(most)) => println!(
+            "{what:<16} seen by the last client after {} ms (p50), {} ms (p99), of {} changes",
+            half.as_millis(),
+            most.as_millis(),
+            whole.len()
+        ),
+        _ => println!("{what:<16} no change reached everybody"),
+    }
     let missing: usize = times.iter().map(|outcome| outcome.missing).sum();
     if missing > 0 {
-        println!("                 {missing} sightings did not come within {} s", PATIENCE.as_secs());
+        println!(
+            "                 {missing} sightings of {} changes did not come within {} s",
+            times.len(),
+            PATIENCE.as_secs()
+        );
     }
 }
 
