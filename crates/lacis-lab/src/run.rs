@@ -145,7 +145,11 @@ fn own_programs(
     let wanted = topology.services().into_iter().flat_map(|service| service.own_programs());
     for program in wanted.filter(|program| !given.contains_key(**program)) {
         let path = release.join(program);
-        ensure!(path.is_file(), "{} is not built: ./scripts/lab builds it, or cargo build --release", path.display());
+        ensure!(
+            path.is_file(),
+            "{} is not built: ./scripts/lab builds it, or cargo build --release",
+            path.display()
+        );
         programs.insert((*program).to_owned(), path);
     }
     Ok(programs)
