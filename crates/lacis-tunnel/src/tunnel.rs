@@ -1,0 +1,253 @@
+//! The handle: starts the packet thread and puts commands into its queue, never blocking on packet work.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use lacis_wire::key::{NodeKey, NodePrivateKey};
+use tracing::{info, warn};
+
+use crate::config::{Path, PeerConfig, TunnelConfig, canonical};
+use crate::error::Error;
+use crate::filter::Filter;
+use crate::outputs::{Event, Outputs, Senders};
+use crate::stats::{Counters, PeerCounters, PeerStats, Stats};
+use crate::sys::tun::Tun;
+use crate::sys::udp::Sockets;
+use crate::sys::wake::Wake;
+use crate::worker::Worker;
+
+/// Bytes of relayed packets that may wait for the packet thread.
+const RELAY_IN_BYTES: usize = 4 << 20;
+
+/// An order to the packet thread.
+pub(crate) enum Command {
+    Identity(NodePrivateKey),
+    Peers(Vec<PeerConfig>),
+    Path(NodeKey, Path),
+    Filter(Arc<Filter>),
+    LocalAddresses(Vec<IpAddr>),
+    SendUdp(SocketAddr, Vec<u8>),
+    Inject(Bytes),
+    TsmpPing { key: NodeKey, dst: IpAddr, token: u64 },
+    IcmpPing { key: NodeKey, dst: IpAddr, id: u16, sequence: u16 },
+    ResetSession(NodeKey),
+}
+
+/// What waits for the packet thread.
+#[derive(Default)]
+pub(crate) struct Queue {
+    pub(crate) commands: Vec<Command>,
+    pub(crate) relayed: Vec<Vec<(NodeKey, Bytes)>>,
+    relayed_bytes: usize,
+}
+
+impl Queue {
+    /// Exchanges the waiting work for an empty queue, which keeps the allocations in use.
+    pub(crate) fn take(&mut self, empty: &mut Self) {
+        std::mem::swap(self, empty);
+        self.relayed_bytes = 0;
+    }
+}
+
+/// Shared by the handles and the packet thread.
+pub(crate) struct Shared {
+    queue: Mutex<Queue>,
+    pub(crate) wake: Wake,
+    pub(crate) stop: AtomicBool,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) peers: ArcSwap<HashMap<NodeKey, Arc<PeerCounters>>>,
+}
+
+impl Shared {
+    pub(crate) fn queue(&self) -> MutexGuard<'_, Queue> {
+        // A panic elsewhere cannot leave the queue half changed.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    name: String,
+    index: u32,
+    ports: (u16, u16),
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Inner {
+    fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            warn!(tun = %self.name, "the packet thread had panicked");
+        }
+    }
+}
+
+/// Handle of a running tunnel. Clones are the same tunnel; dropping the last one shuts it down.
+#[derive(Clone)]
+pub struct Tunnel {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tunnel").field("name", &self.inner.name).finish_non_exhaustive()
+    }
+}
+
+impl Tunnel {
+    /// Opens the TUN device (up, with its MTU, without addresses) and the UDP sockets, and starts the packet thread.
+    ///
+    /// # Errors
+    /// See [`Error`]: each says what to do. A taken UDP port is no error, see [`Event::PortTaken`].
+    pub fn start(config: TunnelConfig) -> Result<(Self, Outputs), Error> {
+        let tun = Tun::open(&config.tun_name, config.mtu)?;
+        let sockets = Sockets::open(config.port, config.fwmark)?;
+        let ports = sockets.ports();
+        let (name, index) = (tun.name().to_owned(), tun.index());
+        let counters = Arc::new(Counters::default());
+        let (senders, outputs) = Senders::new(Arc::clone(&counters));
+        if config.port != 0 && [ports.0, ports.1].iter().any(|&port| port != 0 && port != config.port) {
+            warn!(wanted = config.port, v4 = ports.0, v6 = ports.1, "the UDP port is taken, using others");
+            senders.event(Event::PortTaken { wanted: config.port, v4: ports.0, v6: ports.1 });
+        }
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            wake: Wake::new().map_err(Error::Thread)?,
+            stop: AtomicBool::new(false),
+            counters,
+            peers: ArcSwap::default(),
+        });
+        info!(tun = %name, mtu = config.mtu, v4 = ports.0, v6 = ports.1, offloads = %tun.offloads(), "tunnel opened");
+        let worker = Worker::new(Arc::clone(&shared), tun, sockets, senders);
+        let thread = std::thread::Builder::new()
+            .name("packets".to_owned())
+            .spawn(move || worker.run())
+            .map_err(Error::Thread)?;
+        let inner = Inner { shared, thread: Mutex::new(Some(thread)), name, index, ports };
+        Ok((Self { inner: Arc::new(inner) }, outputs))
+    }
+
+    fn command(&self, command: Command) {
+        self.inner.shared.queue().commands.push(command);
+        self.inner.shared.wake.wake();
+    }
+
+    /// Sets or changes the node key. All sessions end, since they were made with the old one.
+    pub fn set_identity(&self, key: NodePrivateKey) {
+        self.command(Command::Identity(key));
+    }
+
+    /// Sets all peers. Peers that were there keep their session, path and counters; others begin with [`Path::None`].
+    pub fn set_peers(&self, peers: Vec<PeerConfig>) {
+        self.command(Command::Peers(peers));
+    }
+
+    /// Says where a peer's packets go. Ignored for keys that are no peer: call [`Self::set_peers`] before.
+    pub fn set_path(&self, key: NodeKey, path: Path) {
+        self.command(Command::Path(key, path.canonical()));
+    }
+
+    /// Replaces the packet filter. Flows that this host began stay allowed.
+    pub fn set_filter(&self, filter: Arc<Filter>) {
+        self.command(Command::Filter(filter));
+    }
+
+    /// Own addresses inside the tunnel: the source of pings.
+    pub fn set_local_addresses(&self, addresses: Vec<IpAddr>) {
+        self.command(Command::LocalAddresses(addresses));
+    }
+
+    /// Sends a datagram from the sockets that WireGuard uses.
+    pub fn send_udp(&self, to: SocketAddr, data: Vec<u8>) {
+        self.command(Command::SendUdp(canonical(to), data));
+    }
+
+    /// WireGuard packets that came by relay, with the source key that the relay told. One call for each batch read.
+    pub fn relay_in(&self, packets: Vec<(NodeKey, Bytes)>) {
+        if packets.is_empty() {
+            return;
+        }
+        let bytes: usize = packets.iter().map(|(_, data)| data.len()).sum();
+        let shared = &self.inner.shared;
+        {
+            let mut queue = shared.queue();
+            if queue.relayed_bytes + bytes > RELAY_IN_BYTES {
+                shared.counters.relay_in_full.add_shared(packets.len() as u64);
+                return;
+            }
+            queue.relayed_bytes += bytes;
+            queue.relayed.push(packets);
+        }
+        shared.wake.wake();
+    }
+
+    /// Gives an IP packet to the host, such as an answer of the resolver. Its checksums must be complete.
+    pub fn inject(&self, packet: Bytes) {
+        self.command(Command::Inject(packet));
+    }
+
+    /// Sends a TSMP ping to an address of this peer; the answer is [`Event::Pong`] with the same token.
+    pub fn tsmp_ping(&self, key: NodeKey, destination: IpAddr, token: u64) {
+        self.command(Command::TsmpPing { key, dst: destination, token });
+    }
+
+    /// Sends an ICMP echo request to an address of this peer; the answer is [`Event::Pong`].
+    pub fn icmp_ping(&self, key: NodeKey, destination: IpAddr, id: u16, sequence: u16) {
+        self.command(Command::IcmpPing { key, dst: destination, id, sequence });
+    }
+
+    /// Forgets the session with this peer, so that the next packet begins a new handshake.
+    pub fn reset_session(&self, key: NodeKey) {
+        self.command(Command::ResetSession(key));
+    }
+
+    /// Counters of a peer; `None` for a key that is no peer (or not yet: commands take a moment).
+    pub fn peer_stats(&self, key: &NodeKey) -> Option<PeerStats> {
+        self.inner.shared.peers.load().get(key).map(|counters| counters.read())
+    }
+
+    /// Counters of all peers, as of now.
+    pub fn all_peer_stats(&self) -> Vec<(NodeKey, PeerStats)> {
+        self.inner.shared.peers.load().iter().map(|(key, counters)| (*key, counters.read())).collect()
+    }
+
+    /// Counters of the thread.
+    pub fn stats(&self) -> Stats {
+        self.inner.shared.counters.read()
+    }
+
+    /// UDP ports in use, IPv4 and IPv6; 0 where the host does not have the family.
+    pub fn udp_port(&self) -> (u16, u16) {
+        self.inner.ports
+    }
+
+    /// Interface index of the TUN device.
+    pub fn tun_index(&self) -> u32 {
+        self.inner.index
+    }
+
+    /// Name of the TUN device.
+    pub fn tun_name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Stops the packet thread, waits for it and removes the device. Later calls do nothing.
+    pub fn shutdown(&self) {
+        self.inner.stop();
+    }
+}
