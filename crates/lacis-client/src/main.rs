@@ -1,2 +1,89 @@
-//! placeholder
-fn main() {}
+//! The program `lacisd`: options, logging, signals. Everything else is in the library.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use lacis_client::{Error, Options, run};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Joins this machine to a mesh. `lacis up` tells it which.
+#[derive(Debug, Parser)]
+#[command(name = "lacisd", version)]
+struct Arguments {
+    /// Where keys, preferences and the network map are kept (mode 0700)
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/lacis")]
+    state_dir: PathBuf,
+    /// Where `lacis` finds this daemon
+    #[arg(long, value_name = "PATH", default_value = lacis_wire::local::DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Name of the network device
+    #[arg(long, value_name = "NAME", default_value = "lacis0")]
+    tun: String,
+    /// UDP port for WireGuard; 0 is the one used last, or any
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    port: u16,
+    /// What to log, such as `info` or `lacis_client=debug`
+    #[arg(long, value_name = "FILTER", env = "LACIS_LOG", default_value = "info")]
+    log: String,
+}
+
+/// A configuration that does not heal by trying again (`EX_CONFIG`).
+const EXIT_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_new(format!("boringtun=off,{}", arguments.log))
+        .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
+    let terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
+    // Two threads do: the packets have their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(serve(arguments)),
+        Err(error) => {
+            tracing::error!(%error, "the runtime cannot start");
+            return ExitCode::FAILURE;
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            let config = matches!(error, Error::StateDamaged { .. } | Error::StateInUse { .. });
+            if config { ExitCode::from(EXIT_CONFIG) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+async fn serve(arguments: Arguments) -> Result<(), Error> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::info!("stopping");
+            notify(sd_notify::NotifyState::Stopping);
+            stop.cancel();
+        }
+    });
+    let options = Options {
+        state_dir: arguments.state_dir,
+        socket: arguments.socket,
+        tun: arguments.tun,
+        port: arguments.port,
+    };
+    run(options, stop, || notify(sd_notify::NotifyState::Ready)).await
+}
+
+/// Tells systemd, where it listens.
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!(%error, "systemd is not told");
+    }
+}

@@ -1,0 +1,452 @@
+//! The control session: one task that keeps this node registered and follows its map stream.
+//!
+//! It dials, registers, opens the stream and sends what this node says of itself ([`Announcement`]) as it changes,
+//! all over one HTTP/2 connection inside Noise, and starts again with growing pauses whenever that breaks (the
+//! control dossier, sections 5 to 7 and 16). It decides nothing about logins: what the server wants is told to the
+//! engine as a [`ControlEvent`], which keeps this task, starts another, or none.
+
+mod ping;
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::StatusCode;
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use lacis_wire::CURRENT_CAPABILITY_VERSION;
+use lacis_wire::control::{
+    Hostinfo, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, to_json,
+};
+use lacis_wire::io::{ControlClient, ControlDialer, DialError};
+use lacis_wire::key::{DiscoKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
+use lacis_wire::mapframe::{self, Compression};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
+use zeroize::Zeroizing;
+
+/// A stream that says nothing for this long is dead: servers send keep-alives every minute or so.
+const STREAM_SILENCE: Duration = Duration::from_secs(120);
+/// Answers other than a map stream. A follow-up waits for a person and has no limit.
+const REPLY: Duration = Duration::from_secs(30);
+/// The largest answer to a registration.
+const REPLY_BYTES: usize = 1 << 20;
+/// The longest pause between attempts, and what a busy server's advice may be at most.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+/// Events that may wait for the engine; the stream is read no further then.
+const EVENTS: usize = 16;
+
+/// Who registers, and where.
+#[derive(Debug)]
+pub struct ControlConfig {
+    pub url: String,
+    pub machine_key: MachinePrivateKey,
+    pub node_key: NodePrivateKey,
+    pub old_node_key: Option<NodeKey>,
+    pub lock_key: LockKey,
+    pub auth_key: Option<Zeroizing<String>>,
+    /// As found the last time.
+    pub server_key: Option<MachineKey>,
+    pub server_address: Option<IpAddr>,
+    pub fwmark: Option<u32>,
+}
+
+/// What this node says of itself. Sent when it changes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Announcement {
+    pub hostinfo: Hostinfo,
+    pub endpoints: Vec<SocketAddr>,
+    pub endpoint_types: Vec<u8>,
+    pub disco_key: Option<DiscoKey>,
+}
+
+impl Announcement {
+    /// The home region in it; 0 while there is none.
+    pub fn home(&self) -> u16 {
+        self.hostinfo.net_info.as_ref().map_or(0, |info| info.preferred_derp)
+    }
+}
+
+/// What the engine hears.
+#[derive(Debug)]
+pub enum ControlEvent {
+    /// A session stands.
+    Connected {
+        server_key: MachineKey,
+        address: SocketAddr,
+    },
+    /// The server knows us; the map follows.
+    Registered(Box<RegisterResponse>),
+    /// A person must sign in there. The task goes on and waits for it.
+    AuthUrl(String),
+    /// The server refuses this login for the reason given. The task has ended.
+    Refused(String),
+    /// The node key has expired: only a login with a new one helps. The task has ended.
+    KeyExpired,
+    /// A new stream: frames describe the network from nothing.
+    StreamStarted,
+    Frame(Box<MapResponse>),
+    /// The server has what we say of ourselves, with this home region.
+    Announced {
+        home: u16,
+    },
+    /// Not connected, and why.
+    Trouble {
+        error: String,
+        hopeless: bool,
+    },
+}
+
+/// A running control session. Dropping it ends the session.
+#[derive(Debug)]
+pub struct Control {
+    pub events: mpsc::Receiver<ControlEvent>,
+    announce: watch::Sender<Announcement>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Control {
+    pub fn start(config: ControlConfig, announcement: Announcement) -> Self {
+        let (events, receiver) = mpsc::channel(EVENTS);
+        let (announce, announcement) = watch::channel(announcement);
+        let task = tokio::spawn(Task { config, events, announcement, registered: false }.run());
+        Self { events: receiver, announce, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// Says this from now on.
+    pub fn announce(&self, announcement: Announcement) {
+        self.announce.send_if_modified(|old| {
+            let changed = *old != announcement;
+            *old = announcement;
+            changed
+        });
+    }
+}
+
+/// Tells the server that this node leaves, so that its key is worth nothing any more.
+pub async fn logout(config: ControlConfig, hostinfo: Hostinfo) -> Result<(), String> {
+    let work = async {
+        let client = connect(&config, None).await.map_err(|error| chain(&error))?.0;
+        let request = RegisterRequest {
+            expiry: time::OffsetDateTime::from_unix_timestamp(123).ok(),
+            ..register_request(&config, hostinfo, String::new())
+        };
+        post_register(&client, &request).await.map(drop).map_err(|error| error.to_string())
+    };
+    timeout(REPLY, work).await.unwrap_or_else(|_| Err("the control server does not answer".to_owned()))
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("the connection to the control server broke: {0}")]
+    Http(#[from] hyper::Error),
+    #[error("the control server answered {doing} with {status}{}", after_colon(.text))]
+    Status { doing: &'static str, status: StatusCode, text: String, retry_after: Option<Duration> },
+    #[error("the control server's answer to {doing} makes no sense: {why}")]
+    Garbage { doing: &'static str, why: String },
+    #[error("the control server did not answer {0} in time")]
+    Late(&'static str),
+    #[error("the control server was silent for {} s", STREAM_SILENCE.as_secs())]
+    Silent,
+    #[error("the control server closed the map stream")]
+    Closed,
+    #[error("the engine has stopped")]
+    Stopped,
+    /// Told to the engine already.
+    #[error("the login has ended")]
+    LoginEnded,
+}
+
+fn after_colon(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
+impl Broken {
+    /// Can only a person heal it?
+    fn is_hopeless(&self) -> bool {
+        match self {
+            Self::Dial(error) => matches!(
+                error,
+                DialError::Url { .. }
+                    | DialError::NoRoots { .. }
+                    | DialError::TlsSetup { .. }
+                    | DialError::Clock { .. }
+                    | DialError::Tls { .. }
+                    | DialError::NotControl { .. }
+                    | DialError::Upgrade { .. }
+            ),
+            Self::Garbage { .. } => true,
+            Self::Status { status, .. } => *status == StatusCode::BAD_REQUEST,
+            _ => false,
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        source = inner.source();
+    }
+    text
+}
+
+/// Pauses that grow with the square of the failures, with some chance in them.
+#[derive(Debug, Default)]
+struct Pauses(u32);
+
+impl Pauses {
+    fn next(&mut self) -> Duration {
+        self.0 = self.0.saturating_add(1);
+        let pause = Duration::from_millis(10).saturating_mul(self.0.saturating_mul(self.0)).min(MAX_PAUSE);
+        let chance = lacis_wire::derp::random_nonce()[0];
+        pause.mul_f64(0.5 + f64::from(chance) / 255.0)
+    }
+}
+
+async fn connect(
+    config: &ControlConfig,
+    known: Option<MachineKey>,
+) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, SocketAddr), Broken> {
+    let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?
+        .fwmark(config.fwmark)
+        .fallback_addresses(config.server_address.into_iter().collect());
+    let stream = match dialer.dial(known).await {
+        Err(error) if known.is_some() && error.suspects_key() => dialer.dial(None).await?,
+        other => other?,
+    };
+    let address = stream.address;
+    let (client, connection) = ControlClient::new(dialer.url(), stream).await?;
+    Ok((client, AbortOnDropHandle::new(connection), address))
+}
+
+fn register_request(config: &ControlConfig, hostinfo: Hostinfo, followup: String) -> RegisterRequest {
+    RegisterRequest {
+        version: CURRENT_CAPABILITY_VERSION,
+        node_key: config.node_key.public(),
+        old_node_key: config.old_node_key.unwrap_or_default(),
+        nl_key: Some(config.lock_key),
+        auth: config
+            .auth_key
+            .as_ref()
+            .filter(|_| followup.is_empty())
+            .map(|key| RegisterAuth { auth_key: key.to_string() }),
+        hostinfo: Some(hostinfo),
+        followup,
+        ..RegisterRequest::default()
+    }
+}
+
+async fn post_register(
+    client: &ControlClient,
+    request: &RegisterRequest,
+) -> Result<RegisterResponse, Broken> {
+    const DOING: &str = "the registration";
+    let reply = client.post("/machine/register", to_json(request)).await?;
+    let reply = successful(reply, DOING).await?;
+    let body = body(reply, DOING).await?;
+    serde_json::from_slice(&body).map_err(|error| Broken::Garbage { doing: DOING, why: error.to_string() })
+}
+
+async fn body(reply: http::Response<Incoming>, doing: &'static str) -> Result<Bytes, Broken> {
+    let read = Limited::new(reply.into_body(), REPLY_BYTES).collect();
+    let read = timeout(REPLY, read).await.map_err(|_| Broken::Late(doing))?;
+    Ok(read.map_err(|error| Broken::Garbage { doing, why: error.to_string() })?.to_bytes())
+}
+
+async fn successful(
+    reply: http::Response<Incoming>,
+    doing: &'static str,
+) -> Result<http::Response<Incoming>, Broken> {
+    let status = reply.status();
+    if status == StatusCode::OK {
+        return Ok(reply);
+    }
+    let retry_after = reply.headers().get(http::header::RETRY_AFTER);
+    let retry_after = retry_after
+        .and_then(|value| Some(Duration::from_secs(value.to_str().ok()?.parse().ok()?)))
+        .filter(|advice| *advice <= MAX_RETRY_AFTER);
+    let text = body(reply, doing).await.unwrap_or_default();
+    let text: String =
+        String::from_utf8_lossy(&text).lines().next().unwrap_or_default().chars().take(200).collect();
+    Err(Broken::Status { doing, status, text, retry_after })
+}
+
+struct Task {
+    config: ControlConfig,
+    events: mpsc::Sender<ControlEvent>,
+    announcement: watch::Receiver<Announcement>,
+    registered: bool,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let mut pauses = Pauses::default();
+        let mut known = self.config.server_key;
+        loop {
+            let mut had_map = false;
+            let error = match self.session(&mut known, &mut had_map).await {
+                Err(Broken::Stopped | Broken::LoginEnded) => return,
+                Err(error) => error,
+                Ok(()) => Broken::Closed,
+            };
+            if had_map {
+                pauses = Pauses::default();
+            }
+            let hopeless = error.is_hopeless();
+            let text = chain(&error);
+            tracing::debug!(error = %text, "control session ended");
+            let mut pause = pauses.next();
+            match error {
+                Broken::Status { status, retry_after, .. } => {
+                    pause = retry_after.unwrap_or(pause);
+                    // The server does not know this key (any more): ask it by registering.
+                    if status == StatusCode::NOT_FOUND || status == StatusCode::UNAUTHORIZED {
+                        self.registered = false;
+                    }
+                }
+                Broken::Dial(error) if error.suspects_key() => known = None,
+                _ => {}
+            }
+            if self.tell(ControlEvent::Trouble { error: text, hopeless }).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn tell(&self, event: ControlEvent) -> Result<(), Broken> {
+        self.events.send(event).await.map_err(|_| Broken::Stopped)
+    }
+
+    async fn session(&mut self, known: &mut Option<MachineKey>, had_map: &mut bool) -> Result<(), Broken> {
+        let started = Instant::now();
+        let (client, _connection, address) = connect(&self.config, *known).await?;
+        *known = Some(client.server_key());
+        tracing::info!(url = %self.config.url, %address, took = ?started.elapsed(), "connected to the control server");
+        self.tell(ControlEvent::Connected { server_key: client.server_key(), address }).await?;
+        if !self.registered {
+            self.register(&client).await?;
+            self.registered = true;
+            // Used up: a later registration is of a node that is known.
+            self.config.auth_key = None;
+        }
+        let announcement = self.announcement.borrow_and_update().clone();
+        let sent = announcement.clone();
+        tokio::select! {
+            end = self.stream(&client, announcement, had_map) => end,
+            end = self.announcements(&client, sent) => end,
+        }
+    }
+
+    async fn register(&self, client: &ControlClient) -> Result<(), Broken> {
+        let mut followup = String::new();
+        let mut same_again = Pauses::default();
+        loop {
+            let hostinfo = self.announcement.borrow().hostinfo.clone();
+            let request = register_request(&self.config, hostinfo, followup.clone());
+            let reply = if followup.is_empty() {
+                timeout(REPLY, post_register(client, &request))
+                    .await
+                    .map_err(|_| Broken::Late("the registration"))??
+            } else {
+                post_register(client, &request).await?
+            };
+            if !reply.error.is_empty() {
+                self.tell(ControlEvent::Refused(reply.error)).await?;
+                return Err(Broken::LoginEnded);
+            }
+            if reply.node_key_expired {
+                self.tell(ControlEvent::KeyExpired).await?;
+                return Err(Broken::LoginEnded);
+            }
+            if reply.auth_url.is_empty() {
+                return self.tell(ControlEvent::Registered(Box::new(reply))).await;
+            }
+            if reply.auth_url == followup {
+                tokio::time::sleep(same_again.next()).await;
+            } else {
+                followup = reply.auth_url;
+                self.tell(ControlEvent::AuthUrl(followup.clone())).await?;
+            }
+        }
+    }
+
+    fn map_request(&self, announcement: &Announcement, stream: bool) -> Vec<u8> {
+        to_json(&MapRequest {
+            version: CURRENT_CAPABILITY_VERSION,
+            compress: "zstd".to_owned(),
+            keep_alive: true,
+            node_key: self.config.node_key.public(),
+            disco_key: announcement.disco_key,
+            stream,
+            omit_peers: !stream,
+            hostinfo: Some(announcement.hostinfo.clone()),
+            endpoints: Some(announcement.endpoints.clone()),
+            endpoint_types: announcement.endpoint_types.clone(),
+            ..MapRequest::default()
+        })
+    }
+
+    async fn stream(
+        &self,
+        client: &ControlClient,
+        announcement: Announcement,
+        had_map: &mut bool,
+    ) -> Result<(), Broken> {
+        const DOING: &str = "the map request";
+        let reply = client.post("/machine/map", self.map_request(&announcement, true));
+        let reply = timeout(STREAM_SILENCE, reply).await.map_err(|_| Broken::Silent)??;
+        let mut body = successful(reply, DOING).await?.into_body();
+        self.tell(ControlEvent::StreamStarted).await?;
+        let garbage = |why: String| Broken::Garbage { doing: DOING, why };
+        let mut decoder = mapframe::Decoder::new(Compression::Zstd);
+        let mut last_ping = String::new();
+        loop {
+            let piece = timeout(STREAM_SILENCE, body.frame()).await.map_err(|_| Broken::Silent)?;
+            let Some(piece) = piece else { return Err(Broken::Closed) };
+            let Ok(piece) = piece?.into_data() else { continue };
+            decoder.push(&piece);
+            while let Some(message) = decoder.next_message().map_err(|error| garbage(error.to_string()))? {
+                let mut frame: MapResponse =
+                    serde_json::from_slice(&message).map_err(|error| garbage(error.to_string()))?;
+                if let Some(request) = frame.ping_request.take()
+                    && request.url != last_ping
+                {
+                    last_ping.clone_from(&request.url);
+                    tokio::spawn(ping::answer(client.clone(), request));
+                }
+                *had_map = true;
+                self.tell(ControlEvent::Frame(Box::new(frame))).await?;
+            }
+        }
+    }
+
+    /// Sends what changes. The stream's own request said `sent`, but servers may overlook that: a home in it is
+    /// said again.
+    async fn announcements(&self, client: &ControlClient, sent: Announcement) -> Result<(), Broken> {
+        const DOING: &str = "an update of what this node says of itself";
+        let mut changes = self.announcement.clone();
+        let mut sent = if sent.home() == 0 { Some(sent) } else { None };
+        loop {
+            let current = changes.borrow_and_update().clone();
+            if sent.as_ref() != Some(&current) {
+                let reply = client.post("/machine/map", self.map_request(&current, false));
+                let reply = timeout(REPLY, reply).await.map_err(|_| Broken::Late(DOING))??;
+                successful(reply, DOING).await?;
+                self.tell(ControlEvent::Announced { home: current.home() }).await?;
+                sent = Some(current);
+            }
+            changes.changed().await.map_err(|_| Broken::Stopped)?;
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The control server's pings: it asks whether this node is there, or hands it a small HTTP request.
+//!
+//! Section 7.4 of the control dossier. Only what comes over the Noise session is answered there; pings of peers on
+//! the server's behalf are not made.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::Method;
+use lacis_wire::control::PingRequest;
+use lacis_wire::io::ControlClient;
+
+const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\r\nunknown c2n request\n";
+
+pub(super) async fn answer(client: ControlClient, request: PingRequest) {
+    let Ok(url) = request.url.parse::<http::Uri>() else { return };
+    let path = url.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    let sent = match request.types.as_str() {
+        "" if request.url_is_noise => client.request(Method::HEAD, path, "").await,
+        "c2n" => client.post(path, reply(&request.payload)).await,
+        other => {
+            tracing::debug!(types = other, "a ping of the control server is not answered");
+            return;
+        }
+    };
+    if let Err(error) = sent {
+        tracing::debug!(%error, "the answer to a ping of the control server was not sent");
+    }
+}
+
+/// The HTTP/1.1 response to the request inside a `c2n` ping. Only `/echo` is known.
+fn reply(payload: &str) -> Vec<u8> {
+    let Ok(request) = STANDARD.decode(payload) else { return BAD_REQUEST.to_vec() };
+    let Some(end) = request.windows(4).position(|four| four == b"\r\n\r\n") else {
+        return BAD_REQUEST.to_vec();
+    };
+    let (head, body) = (&request[..end], &request[end + 4..]);
+    let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    if line.split(|byte| *byte == b' ').nth(1) != Some(b"/echo") {
+        return BAD_REQUEST.to_vec();
+    }
+    let mut reply = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).into_bytes();
+    reply.extend_from_slice(body);
+    reply
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_echo_is_answered_and_anything_else_is_refused() {
+        let echo = STANDARD.encode("POST /echo HTTP/1.1\r\nHost: x\r\n\r\nhello");
+        assert_eq!(reply(&echo), b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        assert_eq!(reply(&STANDARD.encode("GET /debug HTTP/1.1\r\n\r\n")), BAD_REQUEST);
+        assert_eq!(reply("%"), BAD_REQUEST);
+        assert_eq!(reply(&STANDARD.encode("half a head")), BAD_REQUEST);
+    }
+}

@@ -1,0 +1,420 @@
+//! The heart of the daemon: one task that owns every decision.
+//!
+//! Whatever happens (a frame of the map stream, a command of the local API, a relay that connects, a ping) comes in
+//! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
+//! is announced, which state users see, what is saved. The parts: [`login`] (who we are to the control server),
+//! [`network`] (the map, turned into tunnel, relays, resolver and host), [`paths`] (relays, STUN, disco, pings),
+//! [`status`] (what users see).
+
+mod login;
+mod network;
+mod paths;
+mod status;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lacis_dns::Resolver;
+use lacis_tunnel::{Event, Tunnel, UdpIn};
+use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo};
+use lacis_wire::disco;
+use lacis_wire::key::NodeKey;
+use lacis_wire::local::{
+    MaskedPrefs, Netcheck, NetcheckReport, Notify, PingResult, Prefs, StartOptions, State, Status, WhoIs,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use crate::bus::Bus;
+use crate::control::{Announcement, Control, ControlEvent};
+use crate::host_task::{HostNews, HostTask};
+use crate::hostinfo;
+use crate::netcheck::StunProbes;
+use crate::netmap::{NetMap, Session};
+use crate::relays::{RelayNews, Relays};
+use crate::state::{Saved, StateDir};
+use login::Login;
+use paths::Pings;
+
+/// Housekeeping: idle relays, expiry, saving the map, measuring the network again.
+const TICK: Duration = Duration::from_secs(5);
+/// Commands that may wait.
+const COMMANDS: usize = 64;
+
+/// What the local API asks for.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Status {
+        peers: bool,
+        reply: oneshot::Sender<Status>,
+    },
+    Prefs {
+        reply: oneshot::Sender<Prefs>,
+    },
+    EditPrefs {
+        change: MaskedPrefs,
+        reply: oneshot::Sender<Result<Prefs, String>>,
+    },
+    CheckPrefs {
+        prefs: Box<Prefs>,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    Start {
+        options: Box<StartOptions>,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    LoginInteractive {
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    Logout {
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    WhoIs {
+        who: Who,
+        reply: oneshot::Sender<Option<Box<WhoIs>>>,
+    },
+    Ping {
+        ip: IpAddr,
+        kind: PingKind,
+        reply: oneshot::Sender<PingResult>,
+    },
+    Netcheck {
+        reply: oneshot::Sender<Result<Netcheck, String>>,
+    },
+    DerpMap {
+        reply: oneshot::Sender<Option<Arc<DerpMap>>>,
+    },
+    DnsConfig {
+        reply: oneshot::Sender<Option<Arc<DnsConfig>>>,
+    },
+    /// What a new watcher of the bus must hear first.
+    Initial {
+        mask: u64,
+        reply: oneshot::Sender<Notify>,
+    },
+}
+
+/// Whom `whois` is about.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Who {
+    Address(IpAddr),
+    Key(NodeKey),
+}
+
+/// How to ping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PingKind {
+    Disco,
+    Tsmp,
+    Icmp,
+}
+
+/// Everything that comes in by channels.
+pub(crate) struct Inputs {
+    pub commands: mpsc::Receiver<Command>,
+    pub relay_news: mpsc::Receiver<RelayNews>,
+    pub udp: mpsc::Receiver<UdpIn>,
+    pub events: mpsc::Receiver<Event>,
+    pub host_news: mpsc::Receiver<HostNews>,
+}
+
+/// A way to ask the engine.
+#[derive(Clone, Debug)]
+pub(crate) struct EngineHandle {
+    pub commands: mpsc::Sender<Command>,
+    pub bus: Bus,
+}
+
+pub(crate) fn commands() -> (mpsc::Sender<Command>, mpsc::Receiver<Command>) {
+    mpsc::channel(COMMANDS)
+}
+
+/// What the engine is built from.
+pub(crate) struct Parts {
+    pub dir: Arc<StateDir>,
+    pub saved: Saved,
+    pub tunnel: Tunnel,
+    pub relays: Relays,
+    pub probes: StunProbes,
+    pub resolver: Resolver,
+    pub host: HostTask,
+    pub bus: Bus,
+    pub fwmark: Option<u32>,
+}
+
+pub(crate) struct Engine {
+    dir: Arc<StateDir>,
+    saved: Saved,
+    /// As it is on disk.
+    on_disk: Vec<u8>,
+    host_facts: Hostinfo,
+    tunnel: Tunnel,
+    relays: Relays,
+    probes: StunProbes,
+    resolver: Resolver,
+    host: HostTask,
+    bus: Bus,
+    fwmark: Option<u32>,
+
+    control: Option<Control>,
+    /// A login that is under way.
+    login: Option<Login>,
+    /// Where a person must sign in.
+    auth_url: Option<String>,
+    /// Why the control server cannot be reached, or refuses us.
+    trouble: Option<String>,
+    /// When to register again after a refusal that may be temporary.
+    retry_at: Option<Instant>,
+    /// Whether the map stream stands.
+    streaming: bool,
+
+    session: Session,
+    map: Option<NetMap>,
+    map_unsaved: bool,
+    /// What the host was told last, and whether it did that.
+    host_ready: bool,
+    host_trouble: Option<String>,
+
+    report: NetcheckReport,
+    reports: mpsc::Sender<(NetcheckReport, bool)>,
+    report_inbox: mpsc::Receiver<(NetcheckReport, bool)>,
+    netcheck: paths::NetcheckRuns,
+    own_addresses: Vec<IpAddr>,
+    announced_home: u16,
+    /// What each region's relay complains of.
+    relay_trouble: HashMap<u16, String>,
+    boxes: disco::Boxes,
+    pings: Pings,
+
+    /// What users see; once running, small interruptions do not show.
+    state: State,
+    was_ready: bool,
+}
+
+impl Engine {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let (reports, report_inbox) = mpsc::channel(4);
+        let on_disk = encoded(&parts.saved);
+        Self {
+            host_facts: hostinfo::read(&parts.saved.log_id),
+            boxes: disco::Boxes::new(parts.saved.disco_key.clone()),
+            on_disk,
+            dir: parts.dir,
+            saved: parts.saved,
+            tunnel: parts.tunnel,
+            relays: parts.relays,
+            probes: parts.probes,
+            resolver: parts.resolver,
+            host: parts.host,
+            bus: parts.bus,
+            fwmark: parts.fwmark,
+            control: None,
+            login: None,
+            auth_url: None,
+            trouble: None,
+            retry_at: None,
+            streaming: false,
+            session: Session::default(),
+            map: None,
+            map_unsaved: false,
+            host_ready: false,
+            host_trouble: None,
+            report: NetcheckReport::default(),
+            reports,
+            report_inbox,
+            netcheck: paths::NetcheckRuns::default(),
+            own_addresses: Vec::new(),
+            announced_home: 0,
+            relay_trouble: HashMap::new(),
+            pings: Pings::default(),
+            state: State::NoState,
+            was_ready: false,
+        }
+    }
+
+    /// Works until told to stop, then puts the host back.
+    pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) {
+        self.own_addresses = crate::interfaces::addresses().await;
+        self.begin();
+        self.settle();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(command) = inputs.commands.recv() => self.command(command),
+                event = next_event(&mut self.control) => self.control_event(event),
+                Some(news) = inputs.relay_news.recv() => self.relay_news(news),
+                Some(datagram) = inputs.udp.recv() => self.datagram(&datagram),
+                Some(event) = inputs.events.recv() => self.tunnel_event(event),
+                Some((report, whole)) = self.report_inbox.recv() => self.measured(report, whole),
+                Some(news) = inputs.host_news.recv() => self.host_news(news),
+                _ = tick.tick() => self.tick().await,
+            }
+            self.settle();
+        }
+        self.control = None;
+        self.relays.set_identity(None);
+        self.save_map();
+        self.save();
+    }
+
+    /// What was there before the restart goes on: peers are talked to before the control server answers.
+    fn begin(&mut self) {
+        self.relays.set_home(self.saved.home_region);
+        if !self.saved.is_logged_in() {
+            return;
+        }
+        if let Some(frame) = self.dir.load_netmap() {
+            let mut session = Session::default();
+            match session.apply(frame, time::OffsetDateTime::now_utc()) {
+                Ok(_) => {
+                    self.map = session.map().cloned();
+                    tracing::info!("starting from the saved network map");
+                }
+                Err(error) => tracing::warn!(%error, "the saved network map is ignored"),
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        // Whoever asked may be gone: then the answer is of no use to anybody.
+        match command {
+            Command::Status { peers, reply } => drop(reply.send(self.status(peers))),
+            Command::Prefs { reply } => drop(reply.send(self.visible_prefs())),
+            Command::EditPrefs { change, reply } => drop(reply.send(self.edit_prefs(&change))),
+            Command::CheckPrefs { prefs, reply } => drop(reply.send(login::check_prefs(&prefs))),
+            Command::Start { options, reply } => drop(reply.send(self.start(*options))),
+            Command::LoginInteractive { reply } => {
+                self.login_interactive();
+                drop(reply.send(Ok(())));
+            }
+            Command::Logout { reply } => self.logout(reply),
+            Command::WhoIs { who, reply } => drop(reply.send(self.who_is(who).map(Box::new))),
+            Command::Ping { ip, kind, reply } => self.ping(ip, kind, reply),
+            Command::Netcheck { reply } => self.netcheck_for(reply),
+            Command::DerpMap { reply } => {
+                drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.derp_map))));
+            }
+            Command::DnsConfig { reply } => {
+                drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.dns))));
+            }
+            Command::Initial { mask, reply } => drop(reply.send(self.initial(mask))),
+        }
+    }
+
+    fn control_event(&mut self, event: Option<ControlEvent>) {
+        match event {
+            Some(event) => self.heard(event),
+            // The task ends only after it has told why.
+            None => self.control = None,
+        }
+    }
+
+    fn host_news(&mut self, news: HostNews) {
+        match news {
+            HostNews::Applied { warnings } => {
+                self.host_ready = true;
+                self.host_trouble = warnings.into_iter().next();
+            }
+            HostNews::Failed(error) => {
+                tracing::error!(%error, "this host cannot be set up for the mesh");
+                self.host_trouble = Some(error);
+            }
+            HostNews::BaseResolvers => self.apply_dns(),
+        }
+    }
+
+    async fn tick(&mut self) {
+        self.relays.close_idle();
+        self.pings.forget_abandoned();
+        self.save_map();
+        if self.retry_at.is_some_and(|at| at <= Instant::now()) {
+            self.retry_at = None;
+        }
+        if self.is_on() {
+            let addresses = crate::interfaces::addresses().await;
+            if addresses != self.own_addresses {
+                tracing::info!("this host's addresses have changed");
+                self.own_addresses = addresses;
+                self.relays.redial();
+                self.measure(true);
+            }
+            self.measure_if_due();
+        }
+    }
+
+    /// Makes everything follow from the state that the last message left.
+    fn settle(&mut self) {
+        self.follow_wishes();
+        if let Some(control) = &self.control {
+            control.announce(self.announcement());
+        }
+        self.update_state();
+        self.save();
+    }
+
+    fn announcement(&self) -> Announcement {
+        let (endpoints, endpoint_types) = self.endpoints();
+        Announcement {
+            hostinfo: Hostinfo {
+                net_info: self.net_info(),
+                ..hostinfo::with_prefs(&self.host_facts, &self.saved.prefs)
+            },
+            endpoints,
+            endpoint_types,
+            disco_key: Some(*self.boxes.public()),
+        }
+    }
+
+    fn publish(&self, notify: Notify) {
+        self.bus.publish(notify);
+    }
+
+    fn save(&mut self) {
+        let now = encoded(&self.saved);
+        if now == self.on_disk {
+            return;
+        }
+        match self.dir.save(&self.saved) {
+            Ok(()) => self.on_disk = now,
+            Err(error) => tracing::error!(%error, "the state is not saved"),
+        }
+    }
+
+    fn save_map(&mut self) {
+        if !std::mem::take(&mut self.map_unsaved) {
+            return;
+        }
+        if let Some(map) = &self.map
+            && let Err(error) = self.dir.save_netmap(&map.to_message())
+        {
+            tracing::warn!(%error, "the network map is not saved");
+        }
+    }
+}
+
+fn encoded(saved: &Saved) -> Vec<u8> {
+    lacis_wire::control::to_json(saved)
+}
+
+async fn next_event(control: &mut Option<Control>) -> Option<ControlEvent> {
+    match control {
+        Some(control) => control.events.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolver packets go from the tunnel to the resolver and back.
+pub(crate) async fn serve_quad100(
+    packets: mpsc::Receiver<Bytes>,
+    tunnel: Tunnel,
+    resolver: Resolver,
+    stop: CancellationToken,
+) {
+    lacis_dns::Quad100::run(packets, move |packet| tunnel.inject(packet), resolver, stop).await;
+}

@@ -1,0 +1,400 @@
+//! Who this node is to the control server: logging in and out, preferences, and the state that follows.
+
+use lacis_wire::control::{RegisterResponse, UserProfile};
+use lacis_wire::io::ControlUrl;
+use lacis_wire::key::{NodeKey, NodePrivateKey};
+use lacis_wire::local::{MaskedPrefs, Notify, Prefs, StartOptions, State};
+use time::OffsetDateTime;
+use tokio::sync::oneshot;
+use tokio::time::{Duration, Instant};
+use zeroize::Zeroizing;
+
+use super::Engine;
+use crate::control::{self, Control, ControlConfig, ControlEvent};
+use crate::hostinfo;
+use crate::netmap::{Session, is_expired};
+
+/// A server that refuses a node it knew is asked again after this.
+const RETRY_REFUSED: Duration = Duration::from_secs(30);
+/// A name in DNS.
+const HOSTNAME: usize = 253;
+const LABEL: usize = 63;
+
+/// A login that is under way.
+#[derive(Debug)]
+pub(super) struct Login {
+    auth_key: Option<Zeroizing<String>>,
+    /// The key it is for is new, and replaces the one in use only when the server agrees.
+    new_key: bool,
+}
+
+/// Refuses preferences that cannot work.
+pub(super) fn check_prefs(prefs: &Prefs) -> Result<(), String> {
+    if !prefs.control_url.is_empty() {
+        ControlUrl::parse(&prefs.control_url).map_err(|error| error.to_string())?;
+    }
+    if prefs.run_ssh {
+        return Err("SSH is not served by lacisd; use the host's own SSH server over the mesh".to_owned());
+    }
+    if !prefs.hostname.is_empty() && !is_hostname(&prefs.hostname) {
+        return Err(format!(
+            "{:?} is no host name: use letters, digits and hyphens, at most {LABEL} in a label",
+            prefs.hostname
+        ));
+    }
+    let bad_tag = |tag: &&String| {
+        let name = tag.strip_prefix("tag:").unwrap_or_default();
+        !name.starts_with(|c: char| c.is_ascii_alphabetic())
+            || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    };
+    if let Some(tag) = prefs.advertise_tags.iter().find(bad_tag) {
+        return Err(format!("{tag:?} is no tag: tags look like tag:web"));
+    }
+    if let Some(route) = prefs.advertise_routes.iter().find(|route| route.trunc() != **route) {
+        return Err(format!("{route} has bits set after its prefix; did you mean {}?", route.trunc()));
+    }
+    let offers_exit = prefs.advertise_routes.iter().any(|route| route.prefix_len() == 0);
+    let uses_exit = !prefs.exit_node_id.is_empty() || !prefs.exit_node_ip.is_empty();
+    if offers_exit && uses_exit {
+        return Err("this node cannot use an exit node and be one".to_owned());
+    }
+    Ok(())
+}
+
+fn is_hostname(name: &str) -> bool {
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= LABEL
+            && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= HOSTNAME && name.split('.').all(label)
+}
+
+impl Engine {
+    pub(super) fn visible_prefs(&self) -> Prefs {
+        let identity = lacis_wire::local::Identity {
+            user_profile: self.saved.profile.clone(),
+            node_id: self.saved.stable_id.clone(),
+        };
+        Prefs { identity: Some(identity), ..self.saved.prefs.clone() }
+    }
+
+    /// Should this node be in its network?
+    pub(super) fn is_on(&self) -> bool {
+        self.saved.prefs.want_running && self.saved.is_logged_in()
+    }
+
+    fn set_prefs(&mut self, prefs: Prefs) {
+        let before = std::mem::replace(&mut self.saved.prefs, Prefs { identity: None, ..prefs });
+        if before == self.saved.prefs {
+            return;
+        }
+        if before.control_url != self.saved.prefs.control_url && !before.control_url.is_empty() {
+            // Another server is another network: what was known of the old one is not true there.
+            self.leave();
+            self.saved.forget_login();
+            self.saved.server_key = None;
+            self.saved.server_address = None;
+        }
+        self.publish(Notify { prefs: Some(self.visible_prefs()), ..Notify::default() });
+        self.apply_all();
+    }
+
+    pub(super) fn edit_prefs(&mut self, change: &MaskedPrefs) -> Result<Prefs, String> {
+        let prefs = change.apply(&self.saved.prefs).map_err(|error| error.to_string())?;
+        check_prefs(&prefs)?;
+        if prefs.control_url != self.saved.prefs.control_url && self.saved.is_logged_in() {
+            return Err("log out before going to another --login-server, or use --force-reauth".to_owned());
+        }
+        let turned_on = prefs.want_running && change.0.get("WantRunningSet").is_some();
+        self.set_prefs(prefs);
+        if turned_on && self.state == State::Running {
+            // Who turns it on waits to hear of it, even if it is on already.
+            self.publish(Notify { state: Some(self.state), ..Notify::default() });
+        }
+        Ok(self.visible_prefs())
+    }
+
+    /// Logs in if need be, with the preferences and the auth key given.
+    pub(super) fn start(&mut self, options: StartOptions) -> Result<(), String> {
+        if let Some(prefs) = options.update_prefs {
+            check_prefs(&prefs)?;
+            self.set_prefs(prefs);
+        }
+        if self.saved.prefs.control_url.is_empty() {
+            return Err("no control server is known yet: give its URL with --login-server".to_owned());
+        }
+        self.was_ready = false;
+        self.trouble = None;
+        self.retry_at = None;
+        if !options.auth_key.is_empty() {
+            let new_key = self.saved.node_key.is_none();
+            self.login(Some(Zeroizing::new(options.auth_key)), new_key);
+        } else if self.saved.node_key.is_some() {
+            // Ask the server again; it may want more than before.
+            self.saved.prefs.logged_out = false;
+            self.control = None;
+        }
+        Ok(())
+    }
+
+    /// Signs in anew, even if this node is signed in.
+    pub(super) fn login_interactive(&mut self) {
+        let auth_key = match self.login.take() {
+            // The login that `start` began for a node without a key is what is wanted.
+            Some(login) if login.new_key => {
+                self.login = Some(login);
+                return;
+            }
+            Some(login) => login.auth_key,
+            None => None,
+        };
+        self.login(auth_key, true);
+    }
+
+    fn login(&mut self, auth_key: Option<Zeroizing<String>>, new_key: bool) {
+        if new_key && self.saved.pending_key.is_none() {
+            self.saved.pending_key = Some(NodePrivateKey::generate());
+        }
+        self.saved.prefs.want_running = true;
+        self.auth_url = None;
+        self.login = Some(Login { auth_key, new_key });
+        self.control = None;
+    }
+
+    /// The key that the control session is for.
+    fn control_key(&self) -> Option<NodePrivateKey> {
+        match &self.login {
+            Some(login) if login.new_key => self.saved.pending_key.clone(),
+            _ => self.saved.node_key.clone(),
+        }
+    }
+
+    fn control_config(&self, node_key: NodePrivateKey) -> ControlConfig {
+        let replaced = self.saved.node_key.as_ref().map(NodePrivateKey::public);
+        ControlConfig {
+            url: self.saved.prefs.control_url.clone(),
+            machine_key: self.saved.machine_key.clone(),
+            old_node_key: replaced.or(self.saved.old_node_key).filter(|old| *old != node_key.public()),
+            node_key,
+            lock_key: self.saved.lock_key,
+            auth_key: self.login.as_ref().and_then(|login| login.auth_key.clone()),
+            server_key: self.saved.server_key,
+            server_address: self.saved.server_address,
+            fwmark: self.fwmark,
+        }
+    }
+
+    /// Connects to or leaves control server, relays and network, as the user wishes.
+    pub(super) fn follow_wishes(&mut self) {
+        let wanted = self.saved.prefs.want_running
+            && (self.login.is_some() || self.saved.is_logged_in())
+            && !self.saved.prefs.control_url.is_empty()
+            && self.retry_at.is_none();
+        if !wanted {
+            self.control = None;
+            self.streaming = false;
+        } else if self.control.is_none()
+            && let Some(key) = self.control_key()
+        {
+            self.streaming = false;
+            self.control = Some(Control::start(self.control_config(key), self.announcement()));
+        }
+        self.follow_network();
+    }
+
+    pub(super) fn heard(&mut self, event: ControlEvent) {
+        match event {
+            ControlEvent::Connected { server_key, address } => {
+                self.saved.server_key = Some(server_key);
+                self.saved.server_address = Some(address.ip());
+                self.trouble = None;
+            }
+            ControlEvent::Registered(reply) => self.registered(&reply),
+            ControlEvent::AuthUrl(url) => {
+                tracing::info!(%url, "sign in to join the network");
+                self.publish(Notify { browse_to_url: Some(url.clone()), ..Notify::default() });
+                self.auth_url = Some(url);
+            }
+            ControlEvent::Refused(reason) => self.refused(&reason),
+            ControlEvent::KeyExpired => self.key_expired(),
+            ControlEvent::StreamStarted => {
+                self.session = Session::default();
+                self.streaming = true;
+            }
+            ControlEvent::Frame(frame) => self.frame(*frame),
+            ControlEvent::Announced { home } => {
+                if home != 0 {
+                    self.announced_home = home;
+                }
+            }
+            ControlEvent::Trouble { error, hopeless } => {
+                self.streaming = false;
+                self.announced_home = 0;
+                if hopeless && self.trouble.as_ref() != Some(&error) {
+                    self.publish(Notify { err_message: Some(error.clone()), ..Notify::default() });
+                }
+                if self.trouble.as_ref() != Some(&error) {
+                    tracing::warn!(%error, "no control session; trying again");
+                }
+                self.trouble = Some(error);
+            }
+        }
+    }
+
+    fn registered(&mut self, reply: &RegisterResponse) {
+        if let Some(login) = self.login.take() {
+            if login.new_key {
+                let before = self.saved.node_key.as_ref().map(NodePrivateKey::public);
+                self.saved.node_key = self.saved.pending_key.take();
+                self.saved.old_node_key = None;
+                tracing::info!(replaced = ?before, "logged in");
+            }
+            self.publish(Notify { login_finished: Some(serde_json::json!({})), ..Notify::default() });
+        }
+        self.saved.prefs.logged_out = false;
+        self.auth_url = None;
+        if !reply.login.login_name.is_empty() {
+            self.saved.profile = UserProfile {
+                id: reply.user.id,
+                login_name: reply.login.login_name.clone(),
+                display_name: reply.login.display_name.clone(),
+                profile_pic_url: reply.login.profile_pic_url.clone(),
+            };
+        }
+    }
+
+    fn refused(&mut self, reason: &str) {
+        let text = format!("the control server refuses this node: {reason}");
+        tracing::warn!(error = %text);
+        self.control = None;
+        self.publish(Notify { err_message: Some(text.clone()), ..Notify::default() });
+        self.trouble = Some(text);
+        if self.login.take().is_none() {
+            // It knew us before: it may again.
+            self.retry_at = Some(Instant::now() + RETRY_REFUSED);
+        }
+    }
+
+    fn key_expired(&mut self) {
+        self.control = None;
+        let expired = self.saved.node_key.take().map(|key| key.public());
+        if let Some(login) = self.login.take() {
+            if login.new_key {
+                // The server calls a key expired that was made a moment ago.
+                self.saved.pending_key = None;
+                self.refused("it says that a new key has expired");
+            } else {
+                self.saved.old_node_key = expired.or(self.saved.old_node_key);
+                self.login(login.auth_key, true);
+            }
+        } else {
+            tracing::warn!("this node's key has expired: sign in again");
+            self.saved.old_node_key = expired.or(self.saved.old_node_key);
+        }
+    }
+
+    /// Tells the server, and forgets who this node was.
+    pub(super) fn logout(&mut self, reply: oneshot::Sender<Result<(), String>>) {
+        if let Some(key) = self.saved.node_key.clone() {
+            let mut config = self.control_config(key);
+            config.old_node_key = None;
+            let facts = hostinfo::with_prefs(&self.host_facts, &self.saved.prefs);
+            tokio::spawn(async move {
+                let told = control::logout(config, facts).await;
+                if let Err(error) = &told {
+                    tracing::warn!(%error, "the control server was not told of the logout");
+                }
+                // Logged out here in any case.
+                let _ = reply.send(Ok(()));
+            });
+        } else {
+            let _ = reply.send(Ok(()));
+        }
+        self.login = None;
+        self.auth_url = None;
+        self.trouble = None;
+        self.leave();
+        self.saved.forget_login();
+        self.saved.prefs.logged_out = true;
+        self.saved.prefs.want_running = false;
+    }
+
+    /// Out of the network, for good.
+    fn leave(&mut self) {
+        self.control = None;
+        self.map = None;
+        self.session = Session::default();
+        self.map_unsaved = false;
+        self.announced_home = 0;
+        self.was_ready = false;
+        self.dir.remove_netmap();
+    }
+
+    /// The state that users see follows from everything else.
+    pub(super) fn update_state(&mut self) {
+        let state = self.computed_state();
+        if state == self.state {
+            return;
+        }
+        tracing::info!(from = self.state.as_str(), to = state.as_str(), "state");
+        self.state = state;
+        self.publish(Notify { state: Some(state), ..Notify::default() });
+    }
+
+    fn computed_state(&mut self) -> State {
+        let node = self.map.as_ref().map(|map| &map.node);
+        let own_key = self.saved.node_key.as_ref().map(NodePrivateKey::public);
+        let expired = node.is_some_and(|node| is_expired(node, OffsetDateTime::now_utc()));
+        if !self.saved.prefs.want_running {
+            self.was_ready = false;
+            return if self.saved.is_logged_in() { State::Stopped } else { State::NeedsLogin };
+        }
+        if !self.saved.is_logged_in() || self.auth_url.is_some() || expired {
+            self.was_ready = false;
+            return State::NeedsLogin;
+        }
+        let Some(node) = node.filter(|node| Some(node.key) == own_key) else { return State::Starting };
+        if !node.machine_authorized {
+            self.was_ready = false;
+            return State::NeedsMachineAuth;
+        }
+        self.was_ready |= self.is_ready();
+        if self.was_ready { State::Running } else { State::Starting }
+    }
+
+    /// Can peers reach this node, and do they know how?
+    fn is_ready(&self) -> bool {
+        let home = self.relays.home();
+        let told = self.session.map().is_none() || self.announced_home == home;
+        self.login.is_none() && self.host_ready && home != 0 && told && self.relays.is_connected(home)
+    }
+
+    pub(super) fn own_key(&self) -> Option<NodeKey> {
+        self.saved.node_key.as_ref().map(NodePrivateKey::public)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(change: impl FnOnce(&mut Prefs)) -> String {
+        let mut prefs = Prefs::default();
+        change(&mut prefs);
+        check_prefs(&prefs).unwrap_err()
+    }
+
+    #[test]
+    fn preferences_that_cannot_work_are_refused_with_the_way_out() {
+        assert!(refusal(|p| p.control_url = "mesh.example".into()).contains("mesh.example"));
+        assert!(refusal(|p| p.hostname = "a b".into()).contains("letters"));
+        assert!(refusal(|p| p.hostname = "a..b".into()).contains("letters"));
+        assert!(refusal(|p| p.advertise_tags = vec!["web".into()]).contains("tag:web"));
+        assert!(refusal(|p| p.advertise_routes = vec!["10.0.0.1/8".parse().unwrap()]).contains("10.0.0.0/8"));
+        assert!(refusal(|p| p.run_ssh = true).contains("SSH"));
+        assert!(check_prefs(&Prefs::default()).is_ok());
+    }
+}

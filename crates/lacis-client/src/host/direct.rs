@@ -1,0 +1,214 @@
+//! `/etc/resolv.conf` written by ourselves, where no other program owns it. The file that was there is kept in the
+//! state directory and put back, after a crash at the next start.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use lacis_dns::{OsDns, QUAD100_V4, QUAD100_V6};
+
+use super::resolver::ResolverError;
+
+/// By this line we know our own file again.
+const MARKER: &str = "# Written by lacisd. The file that was here before is put back when it stops.";
+const BACKUP: &str = "resolv.conf.before";
+const MODE: u32 = 0o644;
+const DNS_PORT: u16 = 53;
+/// The C library reads no more.
+const MOST_SERVERS: usize = 3;
+/// Another program that insists is left alone after so many times.
+const MOST_REPAIRS: u32 = 10;
+
+#[derive(Debug)]
+pub(super) struct Direct {
+    path: PathBuf,
+    backup: PathBuf,
+    repairs: u32,
+}
+
+impl Direct {
+    pub(super) fn new(path: &Path, state_dir: &Path) -> Self {
+        Self { path: path.to_owned(), backup: state_dir.join(BACKUP), repairs: 0 }
+    }
+
+    fn is_ours(&self) -> bool {
+        fs::read_to_string(&self.path).is_ok_and(|text| text.starts_with(MARKER))
+    }
+
+    /// Puts back what a daemon that crashed left.
+    pub(super) fn recover(&self) {
+        if self.is_ours() {
+            tracing::info!("resolv.conf is put back: an earlier lacisd could not");
+            if let Err(error) = self.revert() {
+                tracing::warn!(%error, "resolv.conf is not as it was");
+            }
+        }
+    }
+
+    pub(super) fn set(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
+        if !self.is_ours() {
+            let failed =
+                |source| ResolverError::File { doing: format!("keeping {}", self.path.display()), source };
+            match fs::read(&self.path) {
+                Ok(text) => fs::write(&self.backup, text).map_err(failed)?,
+                // There was none: reverting removes ours.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    remove(&self.backup).map_err(failed)?;
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        self.write(self.text(dns).as_bytes())
+    }
+
+    /// The host cannot tell names apart: all go to the first servers, and from there on.
+    fn text(&self, dns: &OsDns) -> String {
+        let base = fs::read_to_string(&self.backup).unwrap_or_default();
+        let base = resolv_conf::Config::parse(&base).ok();
+        let mut text = format!("{MARKER}\n");
+        for server in dns.servers.iter().take(MOST_SERVERS) {
+            text.push_str(&format!("nameserver {server}\n"));
+        }
+        let mut search = dns.search.clone();
+        if let Some(own) =
+            base.as_ref().and_then(|base| base.get_last_search_or_domain().next().map(|_| base))
+        {
+            for domain in own.get_last_search_or_domain() {
+                if !search.iter().any(|known| known == domain) {
+                    search.push(domain.to_owned());
+                }
+            }
+        }
+        if !search.is_empty() {
+            text.push_str(&format!("search {}\n", search.join(" ")));
+        }
+        text
+    }
+
+    pub(super) fn revert(&self) -> Result<(), ResolverError> {
+        if !self.is_ours() {
+            return Ok(());
+        }
+        match fs::read(&self.backup) {
+            Ok(text) => {
+                self.write(&text)?;
+                remove(&self.backup).map_err(|source| ResolverError::File {
+                    doing: format!("removing {}", self.backup.display()),
+                    source,
+                })
+            }
+            Err(_) => remove(&self.path).map_err(|source| ResolverError::File {
+                doing: format!("removing {}", self.path.display()),
+                source,
+            }),
+        }
+    }
+
+    pub(super) fn repair(&mut self, dns: &OsDns) {
+        if self.is_ours() || self.repairs >= MOST_REPAIRS {
+            return;
+        }
+        self.repairs += 1;
+        tracing::warn!(path = %self.path.display(), "another program has written over resolv.conf; writing it again");
+        if let Err(error) = self.set(dns) {
+            tracing::warn!(%error, "names of the mesh may not resolve");
+        }
+    }
+
+    /// Whole and at once; in place where the file is a mount of its own, as in containers.
+    fn write(&self, text: &[u8]) -> Result<(), ResolverError> {
+        let new = self.path.with_extension("conf.lacis");
+        let replaced = fs::write(&new, text)
+            .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(MODE)))
+            .and_then(|()| fs::rename(&new, &self.path));
+        let written = replaced.or_else(|_| {
+            // What is left of the first way.
+            let _ = fs::remove_file(&new);
+            fs::write(&self.path, text)
+        });
+        written.map_err(|source| ResolverError::File {
+            doing: format!("writing {}", self.path.display()),
+            source,
+        })
+    }
+
+    /// The servers of the file that was there before.
+    pub(super) fn base_resolvers(&self) -> Vec<SocketAddr> {
+        let path = if self.is_ours() { &self.backup } else { &self.path };
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let servers = resolv_conf::Config::parse(&text).map(|config| config.nameservers).unwrap_or_default();
+        let own = |ip: &IpAddr| *ip == IpAddr::V4(QUAD100_V4) || *ip == IpAddr::V6(QUAD100_V6);
+        servers
+            .into_iter()
+            .map(IpAddr::from)
+            .filter(|ip| !own(ip))
+            .map(|ip| SocketAddr::new(ip, DNS_PORT))
+            .collect()
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dns() -> OsDns {
+        OsDns {
+            servers: vec![QUAD100_V4.into()],
+            search: vec!["lab.example".into()],
+            match_domains: vec!["lab.example".into()],
+        }
+    }
+
+    #[test]
+    fn the_file_is_replaced_and_put_back_even_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let before = "# mine\nnameserver 192.0.2.1\nsearch home.example\n";
+        fs::write(&path, before).unwrap();
+        let mut direct = Direct::new(&path, dir.path());
+        direct.set(&dns()).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("nameserver 100.100.100.100\nsearch lab.example home.example\n"), "{text}");
+        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        direct.set(&dns()).unwrap();
+        // Here it crashes, and another one starts.
+        let again = Direct::new(&path, dir.path());
+        again.recover();
+        assert_eq!(fs::read_to_string(&path).unwrap(), before);
+        assert_eq!(again.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        again.revert().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), before, "reverting twice does nothing");
+    }
+
+    #[test]
+    fn where_there_was_no_file_there_is_none_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let mut direct = Direct::new(&path, dir.path());
+        direct.set(&dns()).unwrap();
+        assert!(path.exists());
+        direct.revert().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_another_program_wrote_is_kept_and_ours_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let mut direct = Direct::new(&path, dir.path());
+        direct.set(&dns()).unwrap();
+        fs::write(&path, "nameserver 192.0.2.7\n").unwrap();
+        direct.repair(&dns());
+        assert!(direct.is_ours());
+        assert_eq!(direct.base_resolvers(), ["192.0.2.7:53".parse().unwrap()]);
+    }
+}

@@ -1,0 +1,94 @@
+//! Applies what this host should look like, one wish after the other, the latest always.
+//!
+//! Netlink and D-Bus take their time; the engine does not wait for them.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use crate::host::{Host, HostState};
+
+/// How often it is looked whether other programs have changed what is ours.
+const REPAIR: Duration = Duration::from_secs(10);
+
+/// What the engine hears.
+#[derive(Debug)]
+pub(crate) enum HostNews {
+    Applied {
+        warnings: Vec<String>,
+    },
+    Failed(String),
+    /// The resolvers that the host had without us are known, or others.
+    BaseResolvers,
+}
+
+/// A handle to wish with.
+#[derive(Debug)]
+pub(crate) struct HostTask {
+    wish: watch::Sender<Option<HostState>>,
+    base: watch::Receiver<Vec<std::net::SocketAddr>>,
+}
+
+impl HostTask {
+    /// Starts; ends, having put the host back, when the handle is dropped. The task gives that end.
+    pub(crate) fn start(host: Host, news: mpsc::Sender<HostNews>) -> (Self, tokio::task::JoinHandle<()>) {
+        let (wish, wishes) = watch::channel(None);
+        let (base_sender, base) = watch::channel(host.base_resolvers());
+        let task = tokio::spawn(run(host, wishes, base_sender, news));
+        (Self { wish, base }, task)
+    }
+
+    /// The host should look like this from now on; `None`: as if we were not there.
+    pub(crate) fn wish(&self, state: Option<HostState>) {
+        self.wish.send_if_modified(|old| {
+            let changed = *old != state;
+            *old = state;
+            changed
+        });
+    }
+
+    pub(crate) fn base_resolvers(&self) -> Vec<std::net::SocketAddr> {
+        self.base.borrow().clone()
+    }
+}
+
+async fn run(
+    mut host: Host,
+    mut wishes: watch::Receiver<Option<HostState>>,
+    base: watch::Sender<Vec<std::net::SocketAddr>>,
+    news: mpsc::Sender<HostNews>,
+) {
+    let mut repair = tokio::time::interval(REPAIR);
+    loop {
+        tokio::select! {
+            changed = wishes.changed() => if changed.is_err() { break },
+            _ = repair.tick() => {
+                host.repair().await;
+                continue;
+            }
+        }
+        let wish = wishes.borrow_and_update().clone();
+        let heard = match &wish {
+            Some(state) => match host.apply(state).await {
+                Ok(report) => HostNews::Applied { warnings: report.warnings },
+                Err(error) => HostNews::Failed(error.to_string()),
+            },
+            None => {
+                host.revert().await;
+                HostNews::Applied { warnings: Vec::new() }
+            }
+        };
+        let resolvers = host.base_resolvers();
+        let changed = base.send_if_modified(|old| {
+            let changed = *old != resolvers;
+            *old = resolvers;
+            changed
+        });
+        // The engine may be stopping: nobody needs to hear.
+        let _ = news.send(heard).await;
+        if changed {
+            let _ = news.send(HostNews::BaseResolvers).await;
+        }
+    }
+    host.revert().await;
+}

@@ -1,0 +1,197 @@
+//! The local API: HTTP on a Unix socket, as Tailscale's clients know it (the client dossier, section 12).
+//!
+//! Everybody on the host may connect and read; changing something needs root, this daemon's own user or the operator
+//! that root has named. Requests that a browser could make (`Origin`, `Referer`, another `Host`) are refused. Handlers
+//! ask the engine and decide nothing.
+
+mod handlers;
+mod watch;
+
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use axum::Router;
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use axum::serve::IncomingStream;
+use lacis_wire::local::HOST;
+use rustix::process::getuid;
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+
+use crate::Error;
+use crate::engine::{Command, EngineHandle};
+
+/// Connecting is for everybody; what they may do is decided for each request.
+const SOCKET_MODE: u32 = 0o666;
+const CAPABILITY: HeaderName = HeaderName::from_static("tailscale-cap");
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    uid: Option<u32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self { uid: stream.io().peer_cred().ok().map(|cred| cred.uid()) }
+    }
+}
+
+/// May the request change something? Known to handlers that answer differently.
+#[derive(Clone, Copy, Debug)]
+struct MayWrite(bool);
+
+/// The socket, bound, and removed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// Binds the socket. One that a crashed daemon left is replaced, one that answers is not.
+    pub(crate) async fn bind(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Socket { path: path.to_owned(), source };
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(Error::SocketInUse { path: path.to_owned() });
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+
+    /// Serves until told to stop.
+    pub(crate) async fn serve(self, engine: EngineHandle, stop: CancellationToken) {
+        let service = router(engine, stop.clone()).into_make_service_with_connect_info::<Peer>();
+        let path = self.path;
+        let serving = axum::serve(self.listener, service).with_graceful_shutdown(stop.cancelled_owned());
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "the local API has ended");
+        }
+        if let Err(error) = std::fs::remove_file(&path) {
+            tracing::debug!(%error, path = %path.display(), "the socket is not removed");
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Api {
+    engine: EngineHandle,
+    stop: CancellationToken,
+}
+
+fn router(engine: EngineHandle, stop: CancellationToken) -> Router {
+    let api = Api { engine, stop };
+    let stock = Router::new()
+        .route("/status", get(handlers::status))
+        .route("/prefs", get(handlers::prefs).patch(handlers::edit_prefs))
+        .route("/check-prefs", post(handlers::check_prefs))
+        .route("/start", post(handlers::start))
+        .route("/login-interactive", post(handlers::login_interactive))
+        .route("/logout", post(handlers::logout))
+        .route("/watch-ipn-bus", get(watch::bus))
+        .route("/whois", get(handlers::who_is))
+        .route("/ping", post(handlers::ping))
+        .route("/derpmap", get(handlers::derp_map))
+        .route("/dns-config", get(handlers::dns_config))
+        .route("/profiles/", get(handlers::profiles).put(handlers::new_profile))
+        .route("/profiles/current", get(handlers::current_profile))
+        .route("/serve-config", get(handlers::serve_config))
+        .route("/check-ip-forwarding", get(handlers::check_ip_forwarding))
+        .route("/check-udp-gro-forwarding", get(handlers::no_warning))
+        .route("/check-so-mark-in-use", get(handlers::check_so_mark))
+        .route("/services", get(handlers::no_services));
+    let own = Router::new().route("/netcheck", post(handlers::netcheck));
+    Router::new()
+        .nest("/localapi/v0", stock)
+        .nest("/lacis/v0", own)
+        .fallback(handlers::not_found)
+        .layer(middleware::from_fn_with_state(api.clone(), guard))
+        .with_state(api)
+}
+
+/// Refuses what a browser could send and what this user may not do.
+async fn guard(
+    State(api): State<Api>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let headers = request.headers();
+    let host = headers.get(header::HOST).map_or("", |host| host.to_str().unwrap_or("?"));
+    if !(host.is_empty() || host == HOST) {
+        return refusal("this Host is not served here");
+    }
+    if headers.contains_key(header::ORIGIN) || headers.contains_key(header::REFERER) {
+        return refusal("requests of web pages are not served here");
+    }
+    let may_write = may_write(&api, peer).await;
+    let reads = request.method() == http::Method::GET || request.uri().path() == "/localapi/v0/check-prefs";
+    let harmless =
+        reads || request.uri().path().ends_with("/ping") || request.uri().path().ends_with("/netcheck");
+    if !harmless && !may_write {
+        return refusal("access denied: use root, or let root name you with `lacis set --operator=USER`");
+    }
+    request.extensions_mut().insert(MayWrite(may_write));
+    let mut response = next.run(request).await;
+    let version = HeaderValue::from(lacis_wire::CURRENT_CAPABILITY_VERSION);
+    response.headers_mut().insert(CAPABILITY, version);
+    response
+}
+
+fn refusal(text: &'static str) -> Response {
+    (StatusCode::FORBIDDEN, text).into_response()
+}
+
+async fn may_write(api: &Api, peer: Peer) -> bool {
+    let Some(uid) = peer.uid else { return false };
+    if uid == 0 || uid == getuid().as_raw() {
+        return true;
+    }
+    let (reply, prefs) = tokio::sync::oneshot::channel();
+    if api.engine.commands.send(Command::Prefs { reply }).await.is_err() {
+        return false;
+    }
+    prefs.await.is_ok_and(|prefs| user_id(&prefs.operator_user) == Some(uid))
+}
+
+/// The number of a local user, from the user database's file. Users of directory services give their number.
+fn user_id(name: &str) -> Option<u32> {
+    if name.is_empty() {
+        return None;
+    }
+    if let Ok(uid) = name.parse() {
+        return Some(uid);
+    }
+    let users = std::fs::read_to_string("/etc/passwd").ok()?;
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operator_is_a_local_user_or_a_number() {
+        assert_eq!(user_id("root"), Some(0));
+        assert_eq!(user_id("1234"), Some(1234));
+        assert_eq!(user_id(""), None);
+        assert_eq!(user_id("no such user"), None);
+    }
+}

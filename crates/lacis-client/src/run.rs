@@ -1,0 +1,100 @@
+//! From options to a running daemon, and in good order out of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lacis_tunnel::{Tunnel, TunnelConfig};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::bus::Bus;
+use crate::engine::{self, Engine, EngineHandle, Inputs, Parts};
+use crate::host::{Host, HostOptions};
+use crate::host_task::HostTask;
+use crate::localapi::Socket;
+use crate::netcheck::StunProbes;
+use crate::relays::Relays;
+use crate::state::StateDir;
+use crate::{Error, hostinfo};
+
+/// On every socket of the daemon, so that policy routing keeps it out of the tunnel.
+const FWMARK: u32 = 0x80000;
+/// The mesh's routing table.
+const TABLE: u32 = 52;
+/// News of relays and host that may wait.
+const NEWS: usize = 256;
+
+/// The command line.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub state_dir: PathBuf,
+    pub socket: PathBuf,
+    pub tun: String,
+    /// 0: the one used last, or any.
+    pub port: u16,
+}
+
+/// Runs until `stop`. `ready` is called when the local API answers.
+pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()) -> Result<(), Error> {
+    let dir = Arc::new(StateDir::open(&options.state_dir)?);
+    let mut saved = dir.load()?;
+    let socket = Socket::bind(&options.socket).await?;
+    let fwmark = may_mark().then_some(FWMARK);
+    if fwmark.is_none() {
+        tracing::warn!("sockets cannot be marked (CAP_NET_ADMIN): an exit node cannot be used");
+    }
+    let host = Host::new(HostOptions {
+        tun_name: options.tun.clone(),
+        fwmark: FWMARK,
+        table: TABLE,
+        state_dir: options.state_dir.clone(),
+        ..HostOptions::default()
+    })
+    .await?;
+    let port = if options.port == 0 { saved.port } else { options.port };
+    let config = TunnelConfig { tun_name: options.tun.clone(), port, fwmark, ..TunnelConfig::default() };
+    let (tunnel, outputs) = Tunnel::start(config)?;
+    saved.port = tunnel.udp_port().0;
+
+    let (news, relay_news) = mpsc::channel(NEWS);
+    let relays = Relays::new(tunnel.clone(), fwmark, news);
+    tokio::spawn(relays.clone().carry(outputs.relay));
+    let resolver = lacis_dns::Resolver::new(lacis_dns::Options { fwmark });
+    tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
+    let (host_sender, host_news) = mpsc::channel(NEWS);
+    let (host, host_end) = HostTask::start(host, host_sender);
+    let bus = Bus::default();
+    let (commands, command_inbox) = engine::commands();
+    let handle = EngineHandle { commands, bus: bus.clone() };
+
+    let engine = Engine::new(Parts {
+        dir,
+        saved,
+        tunnel: tunnel.clone(),
+        relays,
+        probes: StunProbes::default(),
+        resolver,
+        host,
+        bus,
+        fwmark,
+    });
+    let inputs =
+        Inputs { commands: command_inbox, relay_news, udp: outputs.udp, events: outputs.events, host_news };
+    let api = tokio::spawn(socket.serve(handle, stop.clone()));
+    tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
+    ready();
+    engine.run(inputs, stop).await;
+    // The engine held the host's handle: the host is put back now.
+    if let Err(error) = host_end.await {
+        tracing::error!(%error, "this host may not be as it was before");
+    }
+    tunnel.shutdown();
+    api.abort();
+    Ok(())
+}
+
+/// Can this process set SO_MARK?
+fn may_mark() -> bool {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None);
+    socket.is_ok_and(|socket| socket.set_mark(FWMARK).is_ok())
+}
