@@ -1,13 +1,290 @@
-//! The packet thread.
-use crate::outputs::Senders;
-use crate::sys::tun::Tun;
-use crate::sys::udp::Sockets;
-use crate::tunnel::Shared;
+//! The packet thread: polls device, sockets and commands, and moves packets in batches until nothing waits.
+//!
+//! All state is the thread's own; nothing on the way of a packet is locked or allocated.
+
+mod commands;
+mod inbound;
+mod messages;
+mod outbound;
+mod timers;
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
-pub(crate) struct Worker {}
-impl Worker {
-    pub(crate) fn new(_shared: Arc<Shared>, _tun: Tun, _sockets: Sockets, _out: Senders) -> Self {
-        Self {}
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{debug, error, warn};
+
+use crate::coalesce::{Coalescer, Sink};
+use crate::filter::{Filter, Flows};
+use crate::outputs::{Event, Senders};
+use crate::peers::{Identity, Peers};
+use crate::segment::VnetHeader;
+use crate::sinks::Sinks;
+use crate::stats::{Counters, unix_millis};
+use crate::sys::tun::{MAX_PACKET, Tun, VNET_LEN};
+use crate::sys::udp::{Received, Sockets};
+use crate::tunnel::{Queue, Shared};
+use messages::Pings;
+use timers::Ticker;
+
+/// Bytes taken from one descriptor before the others get their turn.
+const TURN_BYTES: usize = 256 << 10;
+/// Reads from one descriptor before the others get their turn.
+const TURN_READS: usize = 32;
+
+/// The moment that a turn began; one clock reading serves all its packets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    pub(crate) instant: Instant,
+    pub(crate) millis: u64,
+}
+
+impl Now {
+    fn read() -> Self {
+        Self { instant: Instant::now(), millis: unix_millis() }
     }
-    pub(crate) fn run(self) {}
+}
+
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    tun: Tun,
+    tun_alive: bool,
+    tun_buffer: Box<[u8]>,
+    udp_buffer: Box<[u8]>,
+    identity: Option<Identity>,
+    peers: Peers,
+    /// The inner source checked last and the peer it belongs to.
+    checked_source: Option<(IpAddr, u32)>,
+    unknown_told: Option<Instant>,
+    sinks: Sinks,
+    coalescer: Coalescer,
+    filter: Arc<Filter>,
+    flows: Flows,
+    local: Vec<IpAddr>,
+    pings: Pings,
+    out: Senders,
+    now: Now,
+    ticker: Ticker,
+}
+
+/// Writes to the device and counts.
+struct TunSink<'a> {
+    tun: &'a Tun,
+    counters: &'a Counters,
+    udp_refused: bool,
+}
+
+impl Sink for TunSink<'_> {
+    fn write(&mut self, pieces: &[IoSlice<'_>], packets: u64, merged_udp: bool) {
+        match self.tun.write(pieces) {
+            Ok(()) => {
+                self.counters.tun_written.add(packets);
+                self.counters.tun_writes.add(1);
+            }
+            Err(error) => {
+                self.counters.tun_write_errors.add(packets);
+                if merged_udp && error.raw_os_error() == Some(libc::EINVAL) {
+                    self.udp_refused = true;
+                }
+                debug!(%error, packets, "a write to the device failed");
+            }
+        }
+    }
+}
+
+impl Worker {
+    pub(crate) fn new(shared: Arc<Shared>, tun: Tun, sockets: Sockets, out: Senders) -> Self {
+        let offloads = tun.offloads();
+        let mask = random_mask();
+        Self {
+            shared,
+            tun,
+            tun_alive: true,
+            tun_buffer: vec![0; VNET_LEN + MAX_PACKET + 1].into_boxed_slice(),
+            udp_buffer: vec![0; 64 << 10].into_boxed_slice(),
+            identity: None,
+            peers: Peers::new(mask),
+            checked_source: None,
+            unknown_told: None,
+            sinks: Sinks::new(sockets, &out),
+            coalescer: Coalescer::new(offloads.tcp(), offloads.udp()),
+            filter: Arc::default(),
+            flows: Flows::default(),
+            local: Vec::new(),
+            pings: Pings::default(),
+            out,
+            now: Now::read(),
+            ticker: Ticker::default(),
+        }
+    }
+
+    /// Runs until [`Shared::stop`] is set.
+    pub(crate) fn run(mut self) {
+        let mut queue = Queue::default();
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let ready = match self.wait() {
+                Ok(ready) => ready,
+                Err(error) => {
+                    error!(%error, "the packet thread cannot wait for packets and ends");
+                    self.out.event(Event::TunLost { error: error.to_string() });
+                    return;
+                }
+            };
+            self.now = Now::read();
+            if ready.wake {
+                self.shared.wake.clear();
+                self.shared.queue().take(&mut queue);
+                for command in queue.commands.drain(..) {
+                    self.command(command);
+                }
+                for packets in queue.relayed.drain(..) {
+                    self.relayed(&packets);
+                }
+            }
+            if ready.v4 {
+                self.receive_udp(true);
+            }
+            if ready.v6 {
+                self.receive_udp(false);
+            }
+            if ready.tun {
+                self.read_tun();
+            }
+            if self.ticker.due(self.now.instant) {
+                self.tick();
+            }
+            self.finish_turn();
+        }
+    }
+
+    fn wait(&self) -> io::Result<Ready> {
+        let wake = self.shared.wake.as_fd();
+        let idle = || PollFd::from_borrowed_fd(wake, PollFlags::empty());
+        let socket = |socket: &Option<crate::sys::udp::UdpSocket>| socket.is_some();
+        let (has_v4, has_v6) = (socket(&self.sinks.sockets.v4), socket(&self.sinks.sockets.v6));
+        let mut fds = [
+            PollFd::from_borrowed_fd(wake, PollFlags::IN),
+            if self.tun_alive { PollFd::new(&self.tun, PollFlags::IN) } else { idle() },
+            self.sinks.sockets.v4.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
+            self.sinks.sockets.v6.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
+        ];
+        let timeout = self.ticker.timeout(Instant::now(), !self.peers.live.is_empty());
+        let timeout = timeout.map(|timeout| Timespec {
+            tv_sec: timeout.as_secs() as i64,
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let ready = |at: usize| !fds[at].revents().is_empty();
+        Ok(Ready {
+            wake: ready(0),
+            tun: self.tun_alive && ready(1),
+            v4: has_v4 && ready(2),
+            v6: has_v6 && ready(3),
+        })
+    }
+
+    /// Everything collected leaves: nothing waits for a timer.
+    fn finish_turn(&mut self) {
+        self.flush_tun();
+        self.sinks.flush(&self.out, self.now.instant);
+    }
+
+    fn flush_tun(&mut self) {
+        if self.coalescer.is_empty() {
+            return;
+        }
+        let mut sink = TunSink { tun: &self.tun, counters: &self.shared.counters, udp_refused: false };
+        self.coalescer.flush(&mut sink);
+        if sink.udp_refused {
+            warn!("the device refuses merged UDP: writing it singly from now on");
+            self.coalescer.stop_merging_udp();
+        }
+    }
+
+    fn receive_udp(&mut self, v4: bool) {
+        // Out of the way, so that its contents and everything else can be used together.
+        let mut buffer = std::mem::take(&mut self.udp_buffer);
+        let mut bytes = 0;
+        for _ in 0..TURN_READS {
+            let sockets = &self.sinks.sockets;
+            let Some(socket) = (if v4 { &sockets.v4 } else { &sockets.v6 }) else { break };
+            let Received { len, segment, from } = match socket.receive(&mut buffer) {
+                Ok(Some(received)) => received,
+                Ok(None) => break,
+                Err(error) => {
+                    debug!(%error, "receiving by UDP failed");
+                    break;
+                }
+            };
+            self.shared.counters.udp_receives.add(1);
+            self.shared.counters.udp_received.add(len.div_ceil(segment) as u64);
+            for datagram in buffer[..len].chunks(segment) {
+                self.datagram(datagram, inbound::Source::Udp(from));
+            }
+            bytes += len;
+            if bytes >= TURN_BYTES {
+                break;
+            }
+        }
+        self.udp_buffer = buffer;
+    }
+
+    fn relayed(&mut self, packets: &[(lacis_wire::key::NodeKey, Bytes)]) {
+        self.shared.counters.relay_received.add(packets.len() as u64);
+        for (key, packet) in packets {
+            self.datagram(packet, inbound::Source::Relay(*key));
+        }
+    }
+
+    fn read_tun(&mut self) {
+        let mut buffer = std::mem::take(&mut self.tun_buffer);
+        let mut bytes = 0;
+        for _ in 0..TURN_READS {
+            let len = match self.tun.read(&mut buffer) {
+                Ok(Some(len)) => len,
+                Ok(None) => break,
+                Err(error) => {
+                    self.tun_alive = false;
+                    error!(%error, tun = %self.tun.name(), "the network device is gone");
+                    self.out.event(Event::TunLost { error: error.to_string() });
+                    break;
+                }
+            };
+            self.shared.counters.tun_reads.add(1);
+            let Some((header, packet)) = buffer[..len].split_first_chunk_mut::<VNET_LEN>() else {
+                self.shared.counters.out_malformed.add(1);
+                continue;
+            };
+            self.outgoing(VnetHeader::read(header), packet);
+            bytes += len;
+            if bytes >= TURN_BYTES {
+                break;
+            }
+        }
+        self.tun_buffer = buffer;
+    }
+}
+
+/// Which descriptors have something.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    wake: bool,
+    tun: bool,
+    v4: bool,
+    v6: bool,
+}
+
+/// A number that is different at each start, from the random state of the standard library's maps.
+fn random_mask() -> u32 {
+    use std::hash::BuildHasher as _;
+    HashMap::<u8, u8>::new().hasher().hash_one(std::process::id()) as u32
 }

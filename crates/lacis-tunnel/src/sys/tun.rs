@@ -8,6 +8,10 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use crate::error::Error;
 
+/// Length of the virtio header before every packet.
+pub(crate) const VNET_LEN: usize = 10;
+/// The longest packet that the device gives or takes.
+pub(crate) const MAX_PACKET: usize = 65_535;
 const DEVICE: &str = "/dev/net/tun";
 const NAME_MAX: usize = 15;
 
@@ -33,6 +37,16 @@ pub(crate) struct Offloads {
     pub tso: bool,
     /// Large UDP packets both ways (from Linux 6.2).
     pub uso: bool,
+}
+
+impl Offloads {
+    pub(crate) fn tcp(self) -> bool {
+        self.tso
+    }
+
+    pub(crate) fn udp(self) -> bool {
+        self.uso
+    }
 }
 
 impl std::fmt::Display for Offloads {
@@ -172,9 +186,13 @@ impl Tun {
         self.offloads
     }
 
-    /// Reads one packet, with its virtio header where there is one.
-    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&self.fd, buffer)?)
+    /// Reads one packet with its virtio header; `None` when nothing waits.
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match rustix::io::read(&self.fd, buffer) {
+            Ok(length) => Ok(Some(length)),
+            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Writes one packet from its pieces, the virtio header first where there is one.

@@ -1,0 +1,325 @@
+//! From peers to the host: find the peer of a datagram, open it, check its source, judge it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use lacis_wire::key::NodeKey;
+
+use super::Worker;
+use crate::config::Path;
+use crate::filter::{DropReason, Verdict};
+use crate::outputs::Event;
+use crate::packet::{Parsed, protocol};
+use crate::peers::Peer;
+use crate::sinks::sealed_len;
+
+/// Where a datagram came from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    Udp(SocketAddr),
+    /// The key is the one that the relay told.
+    Relay(NodeKey),
+}
+
+/// Between two [`Event::AuthenticatedSource`] of a peer.
+const TELL_SOURCE: Duration = Duration::from_millis(500);
+/// Between two [`Event::UnknownPeer`].
+const TELL_UNKNOWN: Duration = Duration::from_millis(100);
+
+const HANDSHAKE_INIT: u32 = 1;
+const HANDSHAKE_RESPONSE: u32 = 2;
+const COOKIE_REPLY: u32 = 3;
+const DATA: u32 = 4;
+const COOKIE_REPLY_LEN: usize = 64;
+/// Least length of a data packet: headers and the tag of an empty one.
+const DATA_LEAST: usize = 32;
+
+const DISCO_MAGIC: &[u8] = "TS💬".as_bytes();
+const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
+
+fn number(data: &[u8], at: usize) -> u32 {
+    data.get(at..at + 4).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
+
+/// STUN or disco by the first bytes.
+fn is_for_others(data: &[u8]) -> bool {
+    data.starts_with(DISCO_MAGIC)
+        || (data.len() >= 20 && data[0] & 0xc0 == 0 && data.get(4..8) == Some(&STUN_COOKIE[..]))
+}
+
+impl Worker {
+    /// Takes one datagram.
+    pub(super) fn datagram(&mut self, data: &[u8], source: Source) {
+        match number(data, 0) {
+            DATA if data.len() >= DATA_LEAST => self.data(data, source),
+            HANDSHAKE_INIT => self.handshake_init(data, source),
+            HANDSHAKE_RESPONSE => self.session_message(data, 8, source),
+            COOKIE_REPLY => self.session_message(data, 4, source),
+            _ => match source {
+                Source::Udp(from) if is_for_others(data) => self.out.udp(from, data),
+                _ => self.shared.counters.udp_unknown.add(1),
+            },
+        }
+    }
+
+    /// The peer whose session a message names, unless it came by relay from another.
+    fn peer_of_session(&mut self, session: u32, source: Source) -> Option<u32> {
+        let slot = self.peers.slot_of_session(session);
+        let known = self.peers.get(slot).is_some_and(|peer| {
+            peer.tunn.is_some() && !matches!(source, Source::Relay(key) if key != peer.key)
+        });
+        if known && self.prepare(slot) {
+            return Some(slot);
+        }
+        self.shared.counters.in_no_session.add(1);
+        None
+    }
+
+    fn data(&mut self, data: &[u8], source: Source) {
+        let Some(slot) = self.peer_of_session(number(data, 4), source) else { return };
+        if !self.coalescer.has_room(data.len()) {
+            self.flush_tun();
+        }
+        let counters = &self.shared.counters;
+        let Some(peer) = self.peers.get(slot) else { return };
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return };
+        let space = self.coalescer.space();
+        if space.len() < data.len() {
+            counters.in_invalid.add(1);
+            return;
+        }
+        let (len, inner_source) = match tunn.decapsulate(None, data, space) {
+            TunnResult::WriteToTunnelV4(packet, source) => (packet.len(), Some(IpAddr::V4(source))),
+            TunnResult::WriteToTunnelV6(packet, source) => (packet.len(), Some(IpAddr::V6(source))),
+            TunnResult::Done | TunnResult::WriteToNetwork(_) => (0, None),
+            TunnResult::Err(WireGuardError::NoCurrentSession | WireGuardError::WrongIndex) => {
+                counters.in_no_session.add(1);
+                return;
+            }
+            TunnResult::Err(_) => {
+                counters.in_invalid.add(1);
+                return;
+            }
+        };
+        let confirmed = peer.confirmed;
+        self.authenticated(slot, source, data.len());
+        if !confirmed {
+            self.session_works(slot);
+        }
+        if let Some(inner_source) = inner_source {
+            self.opened(slot, len, inner_source);
+        }
+    }
+
+    /// A packet of the peer opened: counters and its address.
+    fn authenticated(&mut self, slot: u32, source: Source, len: usize) {
+        let now = self.now;
+        let Some(peer) = self.peers.get(slot) else { return };
+        peer.counters.rx_bytes.add(len as u64);
+        peer.counters.rx_packets.add(1);
+        peer.counters.last_receive.set(now.millis);
+        if let Source::Udp(addr) = source
+            && peer.source != Some(addr)
+            && Peer::due(&mut peer.source_told, now.instant, TELL_SOURCE)
+        {
+            peer.source = Some(addr);
+            self.out.event(Event::AuthenticatedSource { key: peer.key, addr });
+        }
+    }
+
+    /// Both sides have proved their keys: tells so, and sends what waited.
+    fn session_works(&mut self, slot: u32) {
+        let now = self.now;
+        let Some(peer) = self.peers.get(slot) else { return };
+        peer.confirmed = true;
+        peer.pathless = 0;
+        peer.counters.last_handshake.set(now.millis);
+        self.out.event(Event::HandshakeDone { key: peer.key });
+        if !std::mem::take(&mut peer.waiting) {
+            return;
+        }
+        let (path, key) = (peer.path, peer.key);
+        let need = sealed_len(crate::sys::tun::MAX_PACKET);
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return };
+        // An empty datagram asks for the next packet that waits.
+        loop {
+            let sent = self.sinks.emit(path, &key, need, &self.out, now.instant, |space| {
+                match tunn.decapsulate(None, &[], space) {
+                    TunnResult::WriteToNetwork(packet) => packet.len(),
+                    _ => 0,
+                }
+            });
+            if sent.is_empty() {
+                break;
+            }
+            peer.counters.tx_bytes.add(sent.len() as u64);
+            peer.counters.tx_packets.add(1);
+        }
+    }
+
+    /// A handshake response or a cookie: the number of the session is at `at`.
+    fn session_message(&mut self, data: &[u8], at: usize, source: Source) {
+        let Some(slot) = self.peer_of_session(number(data, at), source) else { return };
+        if !self.handshake(slot, data) {
+            return;
+        }
+        self.authenticated(slot, source, data.len());
+        if number(data, 0) == HANDSHAKE_RESPONSE {
+            self.session_works(slot);
+        }
+    }
+
+    fn handshake_init(&mut self, data: &[u8], source: Source) {
+        let counters = &self.shared.counters;
+        let Some(identity) = &self.identity else {
+            counters.no_identity.add(1);
+            return;
+        };
+        let (key, addr) = match source {
+            // The relay has told the key, and the peer's state checks it: no work for strangers.
+            Source::Relay(key) => (key, None),
+            Source::Udp(from) => {
+                let mut cookie = [0; COOKIE_REPLY_LEN];
+                identity.limiter.reset_count();
+                let packet = match identity.limiter.verify_packet(Some(from.ip()), data, &mut cookie) {
+                    Ok(Packet::HandshakeInit(packet)) => packet,
+                    Err(TunnResult::WriteToNetwork(cookie)) => {
+                        counters.in_handshake_limited.add(1);
+                        let len = cookie.len();
+                        self.sinks.sockets.send(from, cookie, len, self.now.instant);
+                        return;
+                    }
+                    _ => {
+                        counters.in_invalid.add(1);
+                        return;
+                    }
+                };
+                match parse_handshake_anon(&identity.secret, &identity.public, &packet) {
+                    Ok(half) => (NodeKey::from_bytes(half.peer_static_public), Some(from)),
+                    Err(_) => {
+                        counters.in_invalid.add(1);
+                        return;
+                    }
+                }
+            }
+        };
+        let Some(slot) = self.peers.slot_of(&key) else {
+            counters.in_unknown_peer.add(1);
+            if Peer::due(&mut self.unknown_told, self.now.instant, TELL_UNKNOWN) {
+                self.out.event(Event::UnknownPeer { key, addr });
+            }
+            return;
+        };
+        // A malformed message must not make state.
+        if !matches!(Tunn::parse_incoming_packet(data), Ok(Packet::HandshakeInit(_))) || !self.prepare(slot) {
+            self.shared.counters.in_invalid.add(1);
+            return;
+        }
+        if self.handshake(slot, data)
+            && let Some(peer) = self.peers.get(slot)
+        {
+            // The next data packet proves that the initiator has the session.
+            peer.confirmed = false;
+            peer.counters.rx_bytes.add(data.len() as u64);
+            peer.counters.rx_packets.add(1);
+            if peer.path == Path::None {
+                self.out.event(Event::PeerActive { key, has_path: false });
+            }
+        }
+    }
+
+    /// Gives a handshake message to the peer's state and sends the answer. False when it was refused.
+    fn handshake(&mut self, slot: u32, data: &[u8]) -> bool {
+        let now = self.now.instant;
+        let Some(peer) = self.peers.get(slot) else { return false };
+        let (path, key) = (peer.path, peer.key);
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return false };
+        let mut refused = None;
+        let sent = self.sinks.emit(path, &key, sealed_len(0), &self.out, now, |space| {
+            match tunn.decapsulate(None, data, space) {
+                TunnResult::WriteToNetwork(packet) => packet.len(),
+                TunnResult::Err(error) => {
+                    refused = Some(error);
+                    0
+                }
+                _ => 0,
+            }
+        });
+        if !sent.is_empty() && path != Path::None {
+            peer.counters.tx_bytes.add(sent.len() as u64);
+            peer.counters.tx_packets.add(1);
+        }
+        let counters = &self.shared.counters;
+        match refused {
+            None => return true,
+            Some(WireGuardError::UnderLoad) => counters.in_handshake_limited.add(1),
+            Some(_) => counters.in_invalid.add(1),
+        }
+        false
+    }
+
+    /// A packet of `len` bytes lies decrypted in the merger's space.
+    fn opened(&mut self, slot: u32, len: usize, source: IpAddr) {
+        let counters = &self.shared.counters;
+        if self.checked_source != Some((source, slot)) {
+            if self.peers.route(source) != Some(slot) {
+                counters.in_wrong_source.add(1);
+                return;
+            }
+            self.checked_source = Some((source, slot));
+        }
+        let packet = &self.coalescer.space()[..len];
+        let Some(parsed) = Parsed::new(packet) else {
+            counters.in_malformed.add(1);
+            return;
+        };
+        if parsed.proto == protocol::TSMP && !parsed.later_fragment {
+            counters.in_consumed.add(1);
+            let message = crate::tsmp::parse(packet, &parsed);
+            if let Some(message) = message {
+                self.message(slot, &parsed, message);
+            }
+            return;
+        }
+        if parsed.is_echo_reply() && self.pings.has_echoes() {
+            let reply = packet.get(parsed.l4 + 4..parsed.l4 + 8).and_then(|bytes| bytes.first_chunk::<4>());
+            if let Some(&[id0, id1, seq0, seq1]) = reply
+                && self.echo_reply(slot, u16::from_be_bytes([id0, id1]), u16::from_be_bytes([seq0, seq1]))
+            {
+                return;
+            }
+        }
+        let jailed = self.peers.get(slot).is_some_and(|peer| peer.config.jailed);
+        let counters = &self.shared.counters;
+        match self.filter.inbound(&parsed, &mut self.flows, jailed) {
+            Verdict::Accept => self.coalescer.push(&parsed),
+            Verdict::Drop(DropReason::NoRule) => {
+                counters.in_filtered.add(1);
+                if parsed.is_tcp_syn() && parsed.src.is_ipv4() {
+                    self.refuse(slot, &parsed, jailed);
+                }
+            }
+            Verdict::Drop(DropReason::NotLocal) => counters.in_not_local.add(1),
+            Verdict::Drop(_) => counters.in_malformed.add(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stun_and_disco_are_told_from_wireguard() {
+        let mut stun = vec![1, 1, 0, 0];
+        stun.extend(STUN_COOKIE);
+        stun.extend([0; 12]);
+        assert!(is_for_others(&stun));
+        assert!(is_for_others(b"TS\xf0\x9f\x92\xac and a key"));
+        assert!(!is_for_others(&[4, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]));
+        assert!(!is_for_others(&[]));
+    }
+}
