@@ -27,14 +27,14 @@ use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
 
 /// A stream that says nothing for this long is dead: servers send keep-alives every minute or so.
-const STREAM_SILENCE: Duration = Duration::from_secs(120);
+const STREAM_SILENCE: Duration = Duration::from_mins(2);
 /// Answers other than a map stream. A follow-up waits for a person and has no limit.
 const REPLY: Duration = Duration::from_secs(30);
 /// The largest answer to a registration.
 const REPLY_BYTES: usize = 1 << 20;
 /// The longest pause between attempts, and what a busy server's advice may be at most.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+const MAX_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// Events that may wait for the engine; the stream is read no further then.
 const EVENTS: usize = 16;
 

@@ -132,10 +132,6 @@ impl StateDir {
         }
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// What was saved, or a new identity that is saved at once.
     pub fn load(&self) -> Result<Saved, Error> {
         let path = self.path.join(STATE);

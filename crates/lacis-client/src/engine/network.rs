@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use lacis_tunnel::{Filter, Path, PeerConfig};
 use lacis_wire::control::{MapResponse, Node};
 use lacis_wire::key::{DiscoKey, NodeKey};
-use lacis_wire::local::{Notify, Prefs, State};
+use lacis_wire::local::{Notify, Prefs};
 use time::OffsetDateTime;
 
 use super::Engine;
@@ -225,10 +225,6 @@ impl Engine {
         routes.sort_unstable();
         routes.dedup();
         self.host.wish(Some(HostState { addresses: map.node.addresses.clone(), routes, dns }));
-    }
-
-    pub(super) fn is_running(&self) -> bool {
-        self.state == State::Running
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use lacis_tunnel::PeerStats;
-use lacis_wire::control::Node;
+use lacis_wire::control::{CapMap, Node};
 use lacis_wire::local::{ExitNodeStatus, Notify, PeerStatus, State, Status, TailnetStatus, WhoIs, watch};
 use time::OffsetDateTime;
 
@@ -156,46 +156,15 @@ impl Engine {
             Who::Key(key) => map.by_key(&key),
         }?;
         let profile = map.profiles.get(&node.user).cloned().unwrap_or_default();
-        let cap_map = self.granted(map, node);
+        let cap_map = granted(map, node);
         Some(WhoIs { node: (**node).clone(), user_profile: profile, cap_map })
-    }
-
-    /// What the policy lets that node do here beside packets.
-    fn granted(&self, map: &NetMap, node: &Node) -> lacis_wire::control::CapMap {
-        let mut caps = lacis_wire::control::CapMap::new();
-        for rule in map.filters.values().flat_map(|rules| rules.iter()) {
-            let from = node
-                .addresses
-                .iter()
-                .any(|net| rule.src_ips.iter().any(|source| has_source(source, net.addr())));
-            if !from {
-                continue;
-            }
-            for grant in &rule.cap_grant {
-                let to_us = map.addresses().any(|own| grant.dsts.iter().any(|net| net.contains(&own)));
-                if !to_us {
-                    continue;
-                }
-                for name in &grant.caps {
-                    caps.entry(name.clone()).or_default();
-                }
-                for (name, values) in &grant.cap_map {
-                    let all = caps.entry(name.clone()).or_default();
-                    if let Some(values) = values {
-                        all.get_or_insert_default().extend(values.iter().cloned());
-                    }
-                }
-            }
-        }
-        caps
     }
 
     pub(super) fn initial(&self, mask: u64) -> Notify {
         let wants = |bit: u64| mask & bit != 0;
         let mut notify = Notify::default();
         if wants(watch::INITIAL_STATE) {
-            notify.session_id =
-                lacis_wire::derp::random_nonce()[..8].iter().map(|b| format!("{b:02x}")).collect();
+            notify.session_id = session_id();
             notify.state = Some(self.state);
             if self.state == State::NeedsLogin {
                 notify.browse_to_url.clone_from(&self.auth_url);
@@ -215,6 +184,40 @@ impl Engine {
         }
         notify
     }
+}
+
+/// What the policy lets that node do here beside packets.
+fn granted(map: &NetMap, node: &Node) -> CapMap {
+    let mut caps = CapMap::new();
+    for rule in map.filters.values().flat_map(|rules| rules.iter()) {
+        let from =
+            node.addresses.iter().any(|net| rule.src_ips.iter().any(|source| has_source(source, net.addr())));
+        if !from {
+            continue;
+        }
+        for grant in &rule.cap_grant {
+            let to_us = map.addresses().any(|own| grant.dsts.iter().any(|net| net.contains(&own)));
+            if !to_us {
+                continue;
+            }
+            for name in &grant.caps {
+                caps.entry(name.clone()).or_default();
+            }
+            for (name, values) in &grant.cap_map {
+                let all = caps.entry(name.clone()).or_default();
+                if let Some(values) = values {
+                    all.get_or_insert_default().extend(values.iter().cloned());
+                }
+            }
+        }
+    }
+    caps
+}
+
+/// A name for one watcher.
+fn session_id() -> String {
+    let nonce = lacis_wire::derp::random_nonce();
+    format!("{:016x}", u64::from_le_bytes(nonce[..8].try_into().unwrap_or_default()))
 }
 
 /// Does a rule's source name this address? `*`, an address, a prefix or a range `a-b`.

@@ -1,6 +1,7 @@
 //! `/etc/resolv.conf` written by ourselves, where no other program owns it. The file that was there is kept in the
 //! state directory and put back, after a crash at the next start.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -69,7 +70,7 @@ impl Direct {
         let base = resolv_conf::Config::parse(&base).ok();
         let mut text = format!("{MARKER}\n");
         for server in dns.servers.iter().take(MOST_SERVERS) {
-            text.push_str(&format!("nameserver {server}\n"));
+            let _ = writeln!(text, "nameserver {server}");
         }
         let mut search = dns.search.clone();
         if let Some(own) =
@@ -82,7 +83,7 @@ impl Direct {
             }
         }
         if !search.is_empty() {
-            text.push_str(&format!("search {}\n", search.join(" ")));
+            let _ = writeln!(text, "search {}", search.join(" "));
         }
         text
     }

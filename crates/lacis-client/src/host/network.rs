@@ -210,10 +210,10 @@ impl Network {
                     match attribute {
                         RouteAttribute::Table(id) => table = *id,
                         RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
-                            destination = Some(IpAddr::V4(*ip))
+                            destination = Some(IpAddr::V4(*ip));
                         }
                         RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
-                            destination = Some(IpAddr::V6(*ip))
+                            destination = Some(IpAddr::V6(*ip));
                         }
                         RouteAttribute::Oif(index) => device = Some(*index),
                         _ => {}

@@ -1,5 +1,6 @@
 //! `resolvconf`, Debian's or openresolv: a record of ours beside those of other programs.
 
+use std::fmt::Write as _;
 use std::process::Stdio;
 
 use lacis_dns::OsDns;
@@ -30,10 +31,10 @@ impl Resolvconf {
     pub(super) async fn set(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
         let mut text = String::new();
         for server in &dns.servers {
-            text.push_str(&format!("nameserver {server}\n"));
+            let _ = writeln!(text, "nameserver {server}");
         }
         if !dns.search.is_empty() {
-            text.push_str(&format!("search {}\n", dns.search.join(" ")));
+            let _ = writeln!(text, "search {}", dns.search.join(" "));
         }
         let arguments: &[&str] = if self.openresolv { &["-m", "0", "-x", "-a"] } else { &["-a"] };
         run(arguments, &self.record, &text).await?;

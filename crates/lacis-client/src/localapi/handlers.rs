@@ -1,4 +1,5 @@
 //! The requests of the local API, each turned into a command for the engine.
+#![allow(clippy::result_large_err, reason = "a refusal is a response, made once and sent at once")]
 
 use std::net::{IpAddr, SocketAddr};
 
