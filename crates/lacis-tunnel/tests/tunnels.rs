@@ -1,0 +1,231 @@
+//! Two real tunnels in network namespaces: handshake, pings, TCP, the filter, paths and the resolver's door.
+//! Says aloud that it is skipped where devices or namespaces are not allowed.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use common::{Side, by_relay, cable, missing, pair};
+use lacis_tunnel::{Error, Event, Path, PongKind, RejectReason, Tunnel, TunnelConfig};
+use lacis_wire::control::FilterRule;
+
+/// Bytes of the copy: several hundred super-packets.
+const COPY: usize = 24 << 20;
+
+fn skip(test: &str) -> bool {
+    let why = missing();
+    if let Some(why) = &why {
+        eprintln!("SKIPPED {test}: {why}");
+    }
+    why.is_some()
+}
+
+fn byte(at: usize) -> u8 {
+    (at as u32).wrapping_mul(2654435761).to_be_bytes()[0]
+}
+
+/// Copies by TCP from `a` to an address of `b` and compares every byte.
+fn copy(a: &Side, b: &Side, to: IpAddr) {
+    let (port, receiver) = b.namespace.run(move || {
+        let listener = TcpListener::bind((to, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let receiver = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut data = Vec::new();
+            stream.read_to_end(&mut data).unwrap();
+            data
+        });
+        (port, receiver)
+    });
+    a.namespace.run(move || {
+        let mut stream = TcpStream::connect_timeout(&(to, port).into(), Duration::from_secs(10)).unwrap();
+        let data: Vec<u8> = (0..COPY).map(byte).collect();
+        stream.write_all(&data).unwrap();
+    });
+    let data = receiver.join().unwrap();
+    assert_eq!(data.len(), COPY);
+    assert!(data.iter().enumerate().all(|(at, got)| *got == byte(at)));
+}
+
+fn ping(a: &mut Side, b: &Side) {
+    for (token, to) in [(7, b.v4), (8, b.v6)] {
+        a.tunnel.tsmp_ping(b.key, to, token);
+        let rtt = a.expect("the answer to a TSMP ping", |event| match event {
+            Event::Pong { key, kind: PongKind::Tsmp { token: got, peer_api_port }, rtt }
+                if *key == b.key && *got == token =>
+            {
+                assert_eq!(*peer_api_port, Some(0));
+                Some(*rtt)
+            }
+            _ => None,
+        });
+        assert!(rtt < Duration::from_secs(10));
+        a.tunnel.icmp_ping(b.key, to, 77, token as u16);
+        a.expect("the answer to an ICMP ping", |event| match event {
+            Event::Pong { kind: PongKind::Icmp { id: 77, sequence }, .. } if u64::from(*sequence) == token => Some(()),
+            _ => None,
+        });
+    }
+}
+
+#[test]
+fn two_nodes_ping_and_copy_through_the_relay() {
+    if skip("two_nodes_ping_and_copy_through_the_relay") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    by_relay(&mut a, &mut b);
+    ping(&mut a, &b);
+    let key = b.key;
+    let b_key = a.key;
+    b.expect("a working session", |event| (*event == Event::HandshakeDone { key: b_key }).then_some(()));
+    copy(&a, &b, b.v4);
+    copy(&b, &a, a.v6);
+    let stats = a.tunnel.peer_stats(&key).unwrap();
+    assert!(stats.last_handshake.is_some());
+    assert!(stats.tx_bytes > COPY as u64 && stats.rx_bytes > COPY as u64, "{stats:?}");
+    assert_eq!(a.tunnel.stats().in_invalid, 0);
+    assert_eq!(a.tunnel.stats().udp_sent, 0);
+}
+
+#[test]
+fn packets_wait_for_a_path_and_a_direct_one_carries_them() {
+    if skip("packets_wait_for_a_path_and_a_direct_one_carries_them") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    let (a_addr, b_addr) = cable(&a, &b);
+    a.tunnel.icmp_ping(b.key, b.v4, 1, 1);
+    let (a_key, b_key) = (a.key, b.key);
+    // A packet of the host's own, so that the client hears that a path is wanted.
+    let to = b.v4;
+    a.namespace.run(move || UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"hello", (to, 9)).unwrap());
+    a.expect("a peer in use", |event| {
+        (*event == Event::PeerActive { key: b_key, has_path: false }).then_some(())
+    });
+    b.tunnel.set_path(a_key, Path::Direct(a_addr));
+    a.tunnel.set_path(b_key, Path::DirectAndRelay(b_addr));
+    a.expect("the answer to the ping that waited", |event| {
+        matches!(event, Event::Pong { kind: PongKind::Icmp { id: 1, sequence: 1 }, .. }).then_some(())
+    });
+    let source = b.expect("the address of the peer", |event| match event {
+        Event::AuthenticatedSource { key, addr } if *key == a_key => Some(*addr),
+        _ => None,
+    });
+    assert_eq!(source, a_addr);
+    let copied = a.relay.as_mut().unwrap().try_recv().unwrap();
+    assert!(!common::frames(copied.frames, &b_key).is_empty());
+    a.tunnel.set_path(b_key, Path::Direct(b_addr));
+    copy(&a, &b, b.v4);
+    copy(&b, &a, a.v6);
+    let stats = a.tunnel.stats();
+    assert!(stats.udp_sends * 4 < stats.udp_sent, "sent in batches: {stats:?}");
+    assert!(stats.tun_writes < stats.tun_written, "written in batches: {stats:?}");
+    // Path discovery shares the sockets.
+    a.tunnel.send_udp(b_addr, b"TS\xf0\x9f\x92\xac from a".to_vec());
+    let got = b.udp.blocking_recv().unwrap();
+    assert_eq!((got.from, got.data.as_ref()), (a_addr, &b"TS\xf0\x9f\x92\xac from a"[..]));
+}
+
+#[test]
+fn without_a_rule_connections_are_refused_and_answers_pass() {
+    if skip("without_a_rule_connections_are_refused_and_answers_pass") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    by_relay(&mut a, &mut b);
+    b.allow(&[]);
+    let to = b.v4;
+    let refused = a.namespace.spawn(move || TcpStream::connect_timeout(&(to, 80).into(), Duration::from_secs(5)));
+    let reject = a.expect("a refusal", |event| match event {
+        Event::Rejected { reject, .. } => Some(*reject),
+        _ => None,
+    });
+    assert_eq!((reject.reason, reject.dst), (RejectReason::AccessRules, (b.v4, 80)));
+    assert_eq!(reject.src.0, a.v4);
+    // The other way round is allowed, answers included.
+    copy(&b, &a, a.v4);
+    let to = SocketAddr::new(a.v6, 5353);
+    let echo = a.namespace.run(move || UdpSocket::bind(to).unwrap());
+    let thread = std::thread::spawn(move || {
+        let mut data = [0; 100];
+        let (len, from) = echo.recv_from(&mut data).unwrap();
+        echo.send_to(&data[..len], from).unwrap();
+    });
+    let answer = b.namespace.run(move || {
+        let socket = UdpSocket::bind("[::]:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket.send_to(b"question", to).unwrap();
+        let mut data = [0; 100];
+        let len = socket.recv(&mut data).unwrap();
+        data[..len].to_vec()
+    });
+    assert_eq!(answer, b"question");
+    thread.join().unwrap();
+    assert!(b.tunnel.stats().in_filtered >= 1);
+    b.allow(&[FilterRule::allow_all()]);
+    drop(refused);
+}
+
+#[test]
+fn the_resolver_gets_its_packets_and_answers() {
+    if skip("the_resolver_gets_its_packets_and_answers") {
+        return;
+    }
+    let mut a = Side::new(3);
+    let v4 = a.v4;
+    let client = a.namespace.spawn(move || {
+        let socket = UdpSocket::bind((v4, 0)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket.send_to(b"who is bob", "100.100.100.100:53").unwrap();
+        let mut data = [0; 100];
+        let (len, from) = socket.recv_from(&mut data).unwrap();
+        (data[..len].to_vec(), from)
+    });
+    let question = a.quad100.blocking_recv().unwrap();
+    let parsed = etherparse::PacketHeaders::from_ip_slice(&question).unwrap();
+    let udp = parsed.transport.unwrap().udp().unwrap();
+    assert_eq!(parsed.payload.slice(), b"who is bob");
+    let IpAddr::V4(addr) = v4 else { unreachable!() };
+    let mut answer = Vec::new();
+    etherparse::PacketBuilder::ipv4([100, 100, 100, 100], addr.octets(), 64)
+        .udp(53, udp.source_port)
+        .write(&mut answer, b"it is 100.64.0.2")
+        .unwrap();
+    a.tunnel.inject(answer.into());
+    let (data, from) = client.join().unwrap();
+    assert_eq!(data, b"it is 100.64.0.2");
+    assert_eq!(from, "100.100.100.100:53".parse().unwrap());
+}
+
+#[test]
+fn a_name_in_use_is_an_error_and_shutdown_removes_the_device() {
+    if skip("a_name_in_use_is_an_error_and_shutdown_removes_the_device") {
+        return;
+    }
+    let mut a = Side::new(4);
+    let config = TunnelConfig { tun_name: a.tunnel.tun_name().to_owned(), ..TunnelConfig::default() };
+    let second = a.namespace.run(move || Tunnel::start(config).map(|_| ()));
+    assert!(matches!(second, Err(Error::NameInUse { .. })), "{second:?}");
+    assert!(a.namespace.command("ip", "link show lt4").status.success());
+    a.tunnel.shutdown();
+    assert!(!a.namespace.command("ip", "link show lt4").status.success());
+    assert!(a.relay.take().unwrap().blocking_recv().is_none());
+}
+
+#[test]
+fn a_deleted_device_is_told() {
+    if skip("a_deleted_device_is_told") {
+        return;
+    }
+    let mut a = Side::new(5);
+    a.namespace.ip("link delete lt5");
+    a.expect("the loss of the device", |event| matches!(event, Event::TunLost { .. }).then_some(()));
+    let begin = Instant::now();
+    a.tunnel.shutdown();
+    assert!(begin.elapsed() < Duration::from_secs(5));
+}
