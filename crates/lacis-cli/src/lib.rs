@@ -1,1 +1,92 @@
-//! lacis-cli
+//! `lacis`: what a person types. Every command asks a daemon over its Unix socket and prints the answer; commands,
+//! flags, words and JSON are Tailscale's where there is a counterpart (the client dossier, sections 5 and 13).
+//!
+//! [`node`] has the commands of the node this runs on, [`admin`] those of the coordinator.
+#![allow(clippy::print_stdout, reason = "its output is its purpose")]
+
+mod admin;
+mod http;
+mod node;
+mod output;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lacis",
+    version,
+    about = "Joins this machine to a mesh, and administers one",
+    disable_version_flag = true
+)]
+pub struct Arguments {
+    /// Socket of the daemon
+    #[arg(long, value_name = "PATH", default_value = lacis_wire::local::DEFAULT_SOCKET, env = "LACIS_SOCKET")]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Connect to the network, logging in if needed
+    Up(node::up::Up),
+    /// Disconnect; the login stays
+    Down(node::down::Down),
+    /// Disconnect and forget the login
+    Logout,
+    /// Change preferences
+    Set(node::set::Set),
+    /// Print preferences
+    Get(node::set::Get),
+    /// Show this node and its peers
+    Status(node::status::StatusArgs),
+    /// Show addresses of this node or a peer
+    Ip(node::ip::Ip),
+    /// Ping a peer through the mesh, and say which way it is reached
+    Ping(node::ping::Ping),
+    /// Show how this host is connected to the internet
+    Netcheck(node::netcheck::Netcheck),
+    /// Show which node and user an address belongs to
+    Whois(node::whois::Whois),
+    /// Show versions
+    Version(node::version::Version),
+    /// Administer a coordinator on this machine
+    Admin(admin::Admin),
+}
+
+/// How a command ends when not well.
+#[derive(Debug)]
+pub enum Failure {
+    /// To be printed.
+    Error(anyhow::Error),
+    /// Everything is said already.
+    Quiet,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+/// Runs one command.
+pub async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let daemon = node::Daemon::new(arguments.socket);
+    match arguments.command {
+        Command::Up(up) => up.run(&daemon).await,
+        Command::Down(down) => down.run(&daemon).await,
+        Command::Logout => Ok(daemon.post_empty("logout").await?),
+        Command::Set(set) => set.run(&daemon).await,
+        Command::Get(get) => get.run(&daemon).await,
+        Command::Status(status) => status.run(&daemon).await,
+        Command::Ip(ip) => ip.run(&daemon).await,
+        Command::Ping(ping) => ping.run(&daemon).await,
+        Command::Netcheck(netcheck) => netcheck.run(&daemon).await,
+        Command::Whois(whois) => whois.run(&daemon).await,
+        Command::Version(version) => version.run(&daemon).await,
+        Command::Admin(admin) => admin.run().await,
+    }
+}

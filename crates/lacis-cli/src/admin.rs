@@ -1,0 +1,420 @@
+//! `lacis admin`: users, keys and nodes of a coordinator on this machine, over its Unix socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use clap::Subcommand;
+use http::Method;
+use lacis_wire::admin::{
+    self, ApproveRegistration, CreateKey, CreateUser, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo,
+    RenameNode, TailnetInfo, UserInfo,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use time::OffsetDateTime;
+use time::macros::format_description;
+
+use crate::http::{Server, escaped};
+use crate::{Failure, output};
+
+/// Where the package has it.
+const CONFIG: &str = "/etc/lacis/coordinator.yaml";
+const NO_EXPIRY: &str = "never";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Admin {
+    /// The coordinator's configuration, by which its socket is found
+    #[arg(long, value_name = "FILE", default_value = CONFIG, global = true)]
+    config: PathBuf,
+    /// The socket itself
+    #[arg(long = "admin-socket", value_name = "PATH", global = true)]
+    admin_socket: Option<PathBuf>,
+    /// The network, where the coordinator has several
+    #[arg(long, value_name = "NAME", global = true)]
+    tailnet: Option<String>,
+    /// Print JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: AdminCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum AdminCommand {
+    /// People
+    #[command(subcommand)]
+    Users(Users),
+    /// Pre-auth keys, by which nodes join
+    #[command(subcommand)]
+    Keys(Keys),
+    /// Machines
+    #[command(subcommand)]
+    Nodes(Nodes),
+    /// Machines that wait for approval
+    #[command(subcommand)]
+    Registrations(Registrations),
+    /// Networks of this coordinator
+    #[command(subcommand)]
+    Tailnets(Tailnets),
+}
+
+#[derive(Debug, Subcommand)]
+enum Users {
+    /// Add a user
+    Create {
+        name: String,
+        #[arg(long)]
+        display_name: Option<String>,
+    },
+    /// Show users
+    List,
+    /// Remove a user who has no nodes
+    Delete { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+enum Keys {
+    /// Make a key and print it: it is shown this once
+    Create {
+        /// The user whose nodes will join with it
+        #[arg(long, required_unless_present = "tags", conflicts_with = "tags")]
+        user: Option<String>,
+        /// Tags of the nodes that will join with it
+        #[arg(long, value_delimiter = ',')]
+        tags: Vec<String>,
+        /// For any number of nodes
+        #[arg(long)]
+        reusable: bool,
+        /// Its nodes are removed soon after they have left
+        #[arg(long)]
+        ephemeral: bool,
+        /// How long it can be used, such as 24h; `never` for ever
+        #[arg(long, value_name = "DURATION")]
+        expiry: Option<String>,
+    },
+    /// Show keys, without their secrets
+    List,
+    /// Make a key unusable; its nodes stay
+    Expire { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+enum Nodes {
+    /// Show nodes
+    List,
+    /// Show one node: id, name or address
+    Show { node: String },
+    /// Give a node another name
+    Rename { node: String, name: String },
+    /// End a node's key: it must sign in again
+    Expire { node: String },
+    /// Remove a node
+    Delete { node: String },
+}
+
+#[derive(Debug, Subcommand)]
+enum Registrations {
+    /// Show who waits
+    List,
+    /// Let one join as a user's node
+    Approve {
+        /// The id, or the page's URL
+        id: String,
+        #[arg(long)]
+        user: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Tailnets {
+    /// Show networks
+    List,
+}
+
+/// The two settings that matter here.
+#[derive(Debug, serde::Deserialize)]
+struct Config {
+    state_dir: PathBuf,
+    admin_socket: Option<PathBuf>,
+}
+
+/// Where the coordinator of this configuration listens.
+fn socket_of(config: &Path) -> anyhow::Result<PathBuf> {
+    let text = std::fs::read_to_string(config).with_context(|| {
+        format!("reading the coordinator's configuration {} (name another with --config)", config.display())
+    })?;
+    let config: Config = serde_yaml::from_str(&text)
+        .with_context(|| format!("{} is no coordinator's configuration", config.display()))?;
+    Ok(config.admin_socket.unwrap_or_else(|| admin::default_socket(&config.state_dir)))
+}
+
+struct Coordinator {
+    server: Server,
+    tailnet: Option<String>,
+    json: bool,
+}
+
+impl Admin {
+    pub(crate) async fn run(self) -> Result<(), Failure> {
+        let path = match self.admin_socket {
+            Some(path) => path,
+            None => socket_of(&self.config)?,
+        };
+        let coordinator = Coordinator {
+            server: Server {
+                path,
+                what: "the coordinator",
+                host: "lacis-coordinator",
+                start: "is it running? try `systemctl status lacis-coordinator`",
+                permission: "use root, or become a member of the group `lacis`",
+            },
+            tailnet: self.tailnet,
+            json: self.json,
+        };
+        Ok(coordinator.run(self.command).await?)
+    }
+}
+
+impl Coordinator {
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        Ok(self.server.json(Method::GET, &format!("{}{path}", admin::PREFIX), Vec::new()).await?)
+    }
+
+    async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        let body = lacis_wire::control::to_json(body);
+        Ok(self.server.json(Method::POST, &format!("{}{path}", admin::PREFIX), body).await?)
+    }
+
+    async fn send(&self, method: Method, path: &str) -> anyhow::Result<()> {
+        Ok(self.server.empty(method, &format!("{}{path}", admin::PREFIX), Vec::new()).await?)
+    }
+
+    /// The network that is meant: the one that was named, or the only one.
+    async fn tailnet(&self) -> anyhow::Result<String> {
+        if let Some(name) = &self.tailnet {
+            return Ok(name.clone());
+        }
+        let all: Vec<TailnetInfo> = self.get("/tailnets").await?;
+        match all.as_slice() {
+            [only] => Ok(only.name.clone()),
+            [] => bail!("the coordinator has no networks"),
+            several => {
+                let names: Vec<_> = several.iter().map(|tailnet| tailnet.name.as_str()).collect();
+                bail!("which network? Choose with --tailnet: {}", names.join(", "))
+            }
+        }
+    }
+
+    async fn path(&self, rest: &str) -> anyhow::Result<String> {
+        Ok(format!("/tailnets/{}{rest}", escaped(&self.tailnet().await?)))
+    }
+
+    async fn run(&self, command: AdminCommand) -> anyhow::Result<()> {
+        match command {
+            AdminCommand::Users(command) => self.users(command).await,
+            AdminCommand::Keys(command) => self.keys(command).await,
+            AdminCommand::Nodes(command) => self.nodes(command).await,
+            AdminCommand::Registrations(command) => self.registrations(command).await,
+            AdminCommand::Tailnets(Tailnets::List) => {
+                let all: Vec<TailnetInfo> = self.get("/tailnets").await?;
+                let row = |one: &TailnetInfo| {
+                    vec![one.name.clone(), one.domain.clone(), one.nodes.to_string(), one.users.to_string()]
+                };
+                self.list(&["NAME", "DOMAIN", "NODES", "USERS"], &all, row)
+            }
+        }
+    }
+
+    async fn users(&self, command: Users) -> anyhow::Result<()> {
+        match command {
+            Users::Create { name, display_name } => {
+                let path = self.path("/users").await?;
+                let user: UserInfo = self.post(&path, &CreateUser { name, display_name }).await?;
+                self.one(&user, || format!("user {} has the id {}", user.name, user.id))
+            }
+            Users::List => {
+                let all: Vec<UserInfo> = self.get(&self.path("/users").await?).await?;
+                let row = |user: &UserInfo| {
+                    let texts = [user.id.to_string(), user.name.clone(), user.display_name.clone()];
+                    [texts.to_vec(), vec![user.nodes.to_string(), moment(Some(user.created))]].concat()
+                };
+                self.list(&["ID", "NAME", "DISPLAY NAME", "NODES", "CREATED"], &all, row)
+            }
+            Users::Delete { name } => {
+                self.send(Method::DELETE, &self.path(&format!("/users/{}", escaped(&name))).await?).await?;
+                self.done(format!("user {name} is deleted"))
+            }
+        }
+    }
+
+    async fn keys(&self, command: Keys) -> anyhow::Result<()> {
+        match command {
+            Keys::Create { user, tags, reusable, ephemeral, expiry } => {
+                let expiry_seconds = expiry.as_deref().map(lifetime).transpose()?;
+                let wish = CreateKey { user, tags, reusable, ephemeral, expiry_seconds };
+                let created: CreatedKey = self.post(&self.path("/keys").await?, &wish).await?;
+                self.one(&created, || created.key.clone())
+            }
+            Keys::List => {
+                let all: Vec<KeyInfo> = self.get(&self.path("/keys").await?).await?;
+                let row = |key: &KeyInfo| {
+                    let flags = [
+                        ("reusable", key.reusable),
+                        ("ephemeral", key.ephemeral),
+                        ("used", key.used),
+                        ("expired", key.expired),
+                    ];
+                    let flags: Vec<_> =
+                        flags.into_iter().filter(|(_, set)| *set).map(|(name, _)| name).collect();
+                    let owner = key.user.clone().unwrap_or_else(|| key.tags.join(","));
+                    let expires = key.expires.map_or_else(|| NO_EXPIRY.to_owned(), |at| moment(Some(at)));
+                    vec![key.id.clone(), owner, flags.join(","), moment(Some(key.created)), expires]
+                };
+                self.list(&["ID", "FOR", "STATE", "CREATED", "EXPIRES"], &all, row)
+            }
+            Keys::Expire { id } => {
+                self.send(Method::POST, &self.path(&format!("/keys/{}/expire", escaped(&id))).await?).await?;
+                self.done("the key can no longer be used".to_owned())
+            }
+        }
+    }
+
+    async fn nodes(&self, command: Nodes) -> anyhow::Result<()> {
+        let of = |node: &str, rest: &str| format!("/nodes/{}{rest}", escaped(node));
+        match command {
+            Nodes::List => {
+                let all: Vec<NodeInfo> = self.get(&self.path("/nodes").await?).await?;
+                let row = |node: &NodeInfo| {
+                    let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
+                    let owner = node.user.clone().unwrap_or_else(|| node.tags.join(","));
+                    let state = match (node.expired, node.online) {
+                        (true, _) => "expired",
+                        (_, true) => "online",
+                        (_, false) => "offline",
+                    };
+                    vec![
+                        node.id.to_string(),
+                        node.name.clone(),
+                        owner,
+                        addresses.join(", "),
+                        state.to_owned(),
+                        moment(node.last_seen),
+                    ]
+                };
+                self.list(&["ID", "NAME", "OWNER", "ADDRESSES", "STATE", "LAST SEEN"], &all, row)
+            }
+            Nodes::Show { node } => {
+                let info: NodeInfo = self.get(&self.path(&of(&node, "")).await?).await?;
+                Ok(output::json(&info)?)
+            }
+            Nodes::Rename { node, name } => {
+                let path = self.path(&of(&node, "/rename")).await?;
+                let info: NodeInfo = self.post(&path, &RenameNode { name }).await?;
+                self.one(&info, || format!("{node} is now called {}", info.name))
+            }
+            Nodes::Expire { node } => {
+                self.send(Method::POST, &self.path(&of(&node, "/expire")).await?).await?;
+                self.done(format!("{node} must sign in again"))
+            }
+            Nodes::Delete { node } => {
+                self.send(Method::DELETE, &self.path(&of(&node, "")).await?).await?;
+                self.done(format!("{node} is deleted"))
+            }
+        }
+    }
+
+    async fn registrations(&self, command: Registrations) -> anyhow::Result<()> {
+        match command {
+            Registrations::List => {
+                let all: Vec<RegistrationInfo> = self.get("/registrations").await?;
+                let row = |one: &RegistrationInfo| {
+                    vec![one.id.clone(), one.hostname.clone(), one.os.clone(), moment(Some(one.created))]
+                };
+                self.list(&["ID", "HOST", "OS", "SINCE"], &all, row)
+            }
+            Registrations::Approve { id, user } => {
+                let id = id.rsplit('/').next().unwrap_or_default().to_owned();
+                let approval = ApproveRegistration { tailnet: self.tailnet().await?, user };
+                let path = format!("/registrations/{}/approve", escaped(&id));
+                let node: NodeInfo = self.post(&path, &approval).await?;
+                self.one(&node, || format!("{} has joined", node.name))
+            }
+        }
+    }
+
+    fn list<T: Serialize>(
+        &self,
+        titles: &[&str],
+        items: &[T],
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(output::json(&items)?);
+        }
+        output::table(titles, items.iter().map(row).collect());
+        Ok(())
+    }
+
+    fn one(&self, item: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(output::json(item)?);
+        }
+        output::line(text());
+        Ok(())
+    }
+
+    fn done(&self, text: String) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(output::json(&serde_json::json!({}))?);
+        }
+        output::line(text);
+        Ok(())
+    }
+}
+
+/// Seconds of a lifetime; 0 is for ever.
+fn lifetime(text: &str) -> anyhow::Result<u64> {
+    if text == NO_EXPIRY {
+        return Ok(0);
+    }
+    let parsed: Duration = humantime::parse_duration(text)
+        .map_err(|error| anyhow!("--expiry {text}: {error} (try 24h, 7days or {NO_EXPIRY})"))?;
+    if parsed.as_secs() == 0 {
+        bail!("--expiry {text}: a key must live for at least a second (or `{NO_EXPIRY}` expire)");
+    }
+    Ok(parsed.as_secs())
+}
+
+fn moment(at: Option<OffsetDateTime>) -> String {
+    let format = format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
+    at.and_then(|at| at.format(&format).ok()).unwrap_or_else(|| "-".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_is_where_the_configuration_says_or_in_its_state_directory() {
+        let dir = std::env::temp_dir().join(format!("lacis-cli-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let config = dir.join("c.yaml");
+        std::fs::write(&config, "state_dir: /x/y\nserver_url: https://z\n").unwrap();
+        assert_eq!(socket_of(&config).unwrap(), Path::new("/x/y/admin.sock"));
+        std::fs::write(&config, "state_dir: /x/y\nadmin_socket: /run/a.sock\n").unwrap();
+        assert_eq!(socket_of(&config).unwrap(), Path::new("/run/a.sock"));
+        std::fs::write(&config, "other: 1\n").unwrap();
+        assert!(socket_of(&config).unwrap_err().to_string().contains("no coordinator's configuration"));
+        assert!(socket_of(&dir.join("none")).unwrap_err().to_string().contains("--config"));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn lifetimes_are_durations_or_for_ever() {
+        assert_eq!(lifetime("24h").unwrap(), 86400);
+        assert_eq!(lifetime("never").unwrap(), 0);
+        assert!(lifetime("0s").is_err());
+        assert!(lifetime("soon").unwrap_err().to_string().contains("24h"));
+    }
+}

@@ -1,0 +1,128 @@
+//! `lacis netcheck`: the daemon measures, this prints.
+
+use std::time::Duration;
+
+use http::Method;
+use lacis_wire::local::{self, Netcheck as Answer};
+
+use super::Daemon;
+use crate::{Failure, output};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Netcheck {
+    /// Output: empty, json or json-line
+    #[arg(long, default_value = "", value_parser = ["", "json", "json-line"])]
+    format: String,
+    /// Again and again, with this pause
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    every: Option<Duration>,
+    /// Accepted for scripts
+    #[arg(long, hide = true)]
+    verbose: bool,
+}
+
+impl Netcheck {
+    pub(crate) async fn run(self, daemon: &Daemon) -> Result<(), Failure> {
+        let _ = self.verbose;
+        loop {
+            let path = format!("{}netcheck", local::OWN_PREFIX);
+            let answer: Answer = daemon.0.json(Method::POST, &path, Vec::new()).await?;
+            match self.format.as_str() {
+                "json" => output::json(&answer.report)?,
+                "json-line" => output::line(serde_json::to_string(&answer.report)?),
+                _ => lines(&answer).into_iter().for_each(output::line),
+            }
+            let Some(pause) = self.every else { return Ok(()) };
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+fn ms(nanos: u64) -> String {
+    format!("{:.1}ms", nanos as f64 / 1e6)
+}
+
+fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
+    let maybe = |known: Option<bool>| known.map_or_else(String::new, |known| known.to_string());
+    let address = |works: bool, seen: &str| match (works, seen) {
+        (true, "") => "yes".to_owned(),
+        (true, seen) => format!("yes, {seen}"),
+        (false, _) => "(no addr found)".to_owned(),
+    };
+    let ipv6 = match (report.ipv6, report.os_has_ipv6) {
+        (true, _) => format!("yes, {}", report.global_v6),
+        (false, true) => "no, but OS has support".to_owned(),
+        (false, false) => "no, unavailable in OS".to_owned(),
+    };
+    let mut lines = vec![String::new(), "Report:".to_owned()];
+    if let Some(now) = report.now
+        && let Ok(now) = now.format(&time::format_description::well_known::Rfc3339)
+    {
+        lines.push(format!("\t* Time: {now}"));
+    }
+    lines.extend([
+        format!("\t* UDP: {}", report.udp),
+        format!("\t* IPv4: {}", address(report.ipv4, &report.global_v4)),
+        format!("\t* IPv6: {ipv6}"),
+        format!("\t* MappingVariesByDestIP: {}", maybe(report.mapping_varies_by_dest_ip)),
+        "\t* PortMapping: ".to_owned(),
+    ]);
+    let region = |id: &u16| derp_map.regions.get(id);
+    let mut by_latency: Vec<_> = report.region_latency.iter().collect();
+    by_latency.sort_by_key(|(_, latency)| **latency);
+    match by_latency.first().and_then(|(id, _)| region(id)) {
+        Some(nearest) => lines.push(format!("\t* Nearest DERP: {}", nearest.region_name)),
+        None => lines.push("\t* Nearest DERP: unknown (no response to latency probes)".to_owned()),
+    }
+    if !by_latency.is_empty() {
+        lines.push("\t* DERP latency:".to_owned());
+    }
+    let measured = by_latency.iter().map(|(id, latency)| (**id, ms(**latency)));
+    let silent = derp_map
+        .regions
+        .keys()
+        .filter(|id| !report.region_latency.contains_key(id))
+        .map(|id| (*id, String::new()));
+    for (id, latency) in measured.chain(silent) {
+        if let Some(region) = region(&id) {
+            lines.push(format!("\t\t- {:>3}: {latency:<7} ({})", region.region_code, region.region_name));
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacis_wire::control::{DerpMap, DerpRegion};
+    use lacis_wire::local::NetcheckReport;
+
+    #[test]
+    fn scripts_find_the_lines_they_know() {
+        let region = DerpRegion {
+            region_id: 900,
+            region_code: "home".into(),
+            region_name: "At home".into(),
+            ..Default::default()
+        };
+        let answer = Answer {
+            report: NetcheckReport {
+                udp: true,
+                ipv4: true,
+                global_v4: "192.0.2.1:41641".into(),
+                region_latency: [(900, 1_500_000)].into(),
+                ..NetcheckReport::default()
+            },
+            derp_map: DerpMap { regions: [(900, region)].into(), ..DerpMap::default() },
+        };
+        let text = lines(&answer).join("\n");
+        for line in [
+            "* UDP: true",
+            "* IPv4: yes, 192.0.2.1:41641",
+            "* Nearest DERP: At home",
+            "- home: 1.5ms   (At home)",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+    }
+}
