@@ -166,7 +166,7 @@ with subtest("Tailscale's command works against lacisd"):
     lena.succeed("ping -c 1 -W 10 dora", timeout=20)
     lena.succeed(f"{LACISD} set --hostname=lenya")
     wait_for(lambda: "lenya" in peers(dora), "dora sees lena's new name")
-    lena.succeed(f"{LACISD} set --hostname=lena")
+    lena.succeed(f"{LACISD} set --hostname=")
     wait_for(lambda: "lena" in peers(dora), "dora sees lena's old name again")
 
 with subtest("Tailscale's command logs lacisd out and in"):
