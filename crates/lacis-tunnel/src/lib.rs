@@ -28,7 +28,7 @@ mod tsmp;
 mod tunnel;
 mod worker;
 
-pub use config::{Path, PeerConfig, TunnelConfig};
+pub use config::{DEFAULT_MTU, Path, PeerConfig, TunnelConfig};
 pub use error::Error;
 pub use filter::{DropReason, Filter, Flows, Verdict};
 pub use outputs::{Event, Outputs, PongKind, RelayBatch, RelayOutput, UdpIn};

@@ -16,7 +16,7 @@ use crate::stats::Counters;
 use crate::tsmp::Reject;
 
 /// Bytes of relay frames that may wait for the relay connection.
-pub const RELAY_BYTES: usize = 1 << 20;
+const RELAY_BYTES: usize = 1 << 20;
 /// Batches that may wait: small ones (acknowledgements) hit this before the byte limit.
 const RELAY_BATCHES: usize = 8192;
 /// Datagrams of path discovery and STUN that may wait.
@@ -31,7 +31,8 @@ const POOLED: usize = 16;
 /// a buffer of 64 KiB.
 const SMALL: usize = 4096;
 
-/// The receiving ends of everything that the packet thread produces.
+/// The receiving ends of everything that the packet thread produces. They end when the thread does: after a shutdown,
+/// and also if it should ever panic.
 #[derive(Debug)]
 pub struct Outputs {
     /// Sealed packets for peers whose path is the relay.

@@ -186,16 +186,6 @@ impl Parsed {
     }
 }
 
-/// Source and destination of any packet of sufficient length, without looking further.
-#[inline]
-pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
-    match packet.first()? >> 4 {
-        4 => packet.get(16..20)?.first_chunk::<4>().map(|octets| IpAddr::from(*octets)),
-        6 => packet.get(24..40)?.first_chunk::<16>().map(|octets| IpAddr::from(*octets)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,7 +223,6 @@ mod tests {
                 *first = (*first & 15) | if six { 0x60 } else { 0x40 };
             }
             let _ = Parsed::new(&packet);
-            let _ = destination(&packet);
         }
     }
 }

@@ -62,6 +62,7 @@ pub(crate) struct Worker {
     /// The inner source checked last and the peer it belongs to.
     checked_source: Option<(IpAddr, u32)>,
     unknown_told: Option<Instant>,
+    parked: inbound::Parked,
     sinks: Sinks,
     coalescer: Coalescer,
     filter: Arc<Filter>,
@@ -112,6 +113,7 @@ impl Worker {
             peers: Peers::new(mask),
             checked_source: None,
             unknown_told: None,
+            parked: inbound::Parked::default(),
             sinks: Sinks::new(sockets, &out),
             coalescer: Coalescer::new(offloads.tcp(), offloads.udp()),
             filter: Arc::default(),

@@ -66,7 +66,11 @@ fn ping(a: &mut Side, b: &Side) {
         assert!(rtt < Duration::from_secs(10));
         a.tunnel.icmp_ping(b.key, to, 77, token as u16);
         a.expect("the answer to an ICMP ping", |event| match event {
-            Event::Pong { kind: PongKind::Icmp { id: 77, sequence }, .. } if u64::from(*sequence) == token => Some(()),
+            Event::Pong { kind: PongKind::Icmp { id: 77, sequence }, .. }
+                if u64::from(*sequence) == token =>
+            {
+                Some(())
+            }
             _ => None,
         });
     }
@@ -132,6 +136,66 @@ fn packets_wait_for_a_path_and_a_direct_one_carries_them() {
 }
 
 #[test]
+fn a_handshake_that_comes_before_its_peer_is_known_is_taken_up() {
+    if skip("a_handshake_that_comes_before_its_peer_is_known_is_taken_up") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    by_relay(&mut a, &mut b);
+    let a_key = a.key;
+    b.tunnel.set_peers(Vec::new());
+    let begin = Instant::now();
+    a.tunnel.icmp_ping(b.key, b.v4, 2, 2);
+    b.expect("a handshake of a stranger", |event| {
+        (*event == Event::UnknownPeer { key: a_key, addr: None }).then_some(())
+    });
+    b.tunnel.set_peers(vec![a.peer()]);
+    b.tunnel.set_path(a_key, Path::Relay);
+    a.expect("the answer to the ping", |event| {
+        matches!(event, Event::Pong { kind: PongKind::Icmp { id: 2, sequence: 2 }, .. }).then_some(())
+    });
+    // WireGuard itself would have tried again after five seconds.
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn a_peer_that_forgets_its_session_is_found_again() {
+    if skip("a_peer_that_forgets_its_session_is_found_again") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    by_relay(&mut a, &mut b);
+    ping(&mut a, &b);
+    for side in 0..3 {
+        if side != 0 {
+            b.tunnel.reset_session(a.key);
+        }
+        if side != 1 {
+            a.tunnel.reset_session(b.key);
+        }
+        found_again(&mut b, &a);
+        ping(&mut a, &b);
+    }
+}
+
+/// Pings until an answer comes: what was sealed for the lost session is lost with it. WireGuard by itself would need
+/// 15 seconds to notice.
+fn found_again(a: &mut Side, b: &Side) {
+    let pinging = Instant::now();
+    for token in 100.. {
+        a.tunnel.tsmp_ping(b.key, b.v4, token);
+        let next = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < next {
+            if let Ok(Event::Pong { kind: PongKind::Tsmp { .. }, .. }) = a.events.try_recv() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(pinging.elapsed() < Duration::from_secs(10), "never found again; {:?}", a.tunnel.stats());
+    }
+}
+
+#[test]
 fn without_a_rule_connections_are_refused_and_answers_pass() {
     if skip("without_a_rule_connections_are_refused_and_answers_pass") {
         return;
@@ -140,7 +204,8 @@ fn without_a_rule_connections_are_refused_and_answers_pass() {
     by_relay(&mut a, &mut b);
     b.allow(&[]);
     let to = b.v4;
-    let refused = a.namespace.spawn(move || TcpStream::connect_timeout(&(to, 80).into(), Duration::from_secs(5)));
+    let refused =
+        a.namespace.spawn(move || TcpStream::connect_timeout(&(to, 80).into(), Duration::from_secs(5)));
     let reject = a.expect("a refusal", |event| match event {
         Event::Rejected { reject, .. } => Some(*reject),
         _ => None,

@@ -160,8 +160,12 @@ fn check(packet: &[u8]) -> (u32, bool, Vec<u8>) {
 }
 
 fn stream() -> impl Strategy<Value = Stream> {
-    (any::<bool>(), any::<bool>(), 1u16.., any::<bool>())
-        .prop_map(|(tcp, v6, port, timestamps)| Stream { tcp, v6, port, timestamps })
+    (any::<bool>(), any::<bool>(), 1u16.., any::<bool>()).prop_map(|(tcp, v6, port, timestamps)| Stream {
+        tcp,
+        v6,
+        port,
+        timestamps,
+    })
 }
 
 fn bytes(len: usize, seed: u8) -> Vec<u8> {
@@ -209,7 +213,7 @@ proptest! {
         flows in proptest::collection::vec(stream(), 1..6),
         sends in proptest::collection::vec((0usize..6, 0usize..1300, any::<bool>(), 0u8..20), 1..120)
     ) {
-        let mut next = vec![1000u32; 6];
+        let mut next = [1000u32; 6];
         let mut packets = Vec::new();
         for (number, (flow, len, push, odd)) in sends.into_iter().enumerate() {
             let flow = flow % flows.len();

@@ -52,10 +52,10 @@ impl IpSet {
     fn add_range(&mut self, first: IpAddr, last: IpAddr) -> bool {
         match (first, last) {
             (IpAddr::V4(first), IpAddr::V4(last)) if first <= last => {
-                self.v4.push((first.into(), last.into()))
+                self.v4.push((first.into(), last.into()));
             }
             (IpAddr::V6(first), IpAddr::V6(last)) if first <= last => {
-                self.v6.push((first.into(), last.into()))
+                self.v6.push((first.into(), last.into()));
             }
             _ => return false,
         }

@@ -142,7 +142,8 @@ fn capability_grants_open_nothing_and_capability_sources_are_looked_up() {
 
 #[test]
 fn what_cannot_be_read_makes_no_rule_wider() {
-    let rules = [rule("100.64.0.2-garbage", "*", (0, 65535), &[]), rule("*", "host.example", (0, 65535), &[])];
+    let rules =
+        [rule("100.64.0.2-garbage", "*", (0, 65535), &[]), rule("*", "host.example", (0, 65535), &[])];
     assert_eq!(judge(&Filter::compile(&rules, &local()), &syn(PEER, US, 1)), NO_RULE);
 }
 
@@ -152,7 +153,9 @@ fn multicast_and_link_local_never_pass_but_the_metadata_address_may() {
     networks.push("0.0.0.0/0".parse().unwrap());
     let filter = Filter::compile(&[FilterRule::allow_all()], &networks);
     let mut flows = Flows::default();
-    for (dst, reason) in [([224, 0, 0, 251], DropReason::Multicast), ([169, 254, 1, 1], DropReason::LinkLocal)] {
+    for (dst, reason) in
+        [([224, 0, 0, 251], DropReason::Multicast), ([169, 254, 1, 1], DropReason::LinkLocal)]
+    {
         assert_eq!(judge(&filter, &udp(PEER, dst, (1, 1))), Verdict::Drop(reason));
         assert_eq!(filter.outbound(&udp(US, dst, (1, 1)), &mut flows), Verdict::Drop(reason));
     }

@@ -17,6 +17,7 @@ const NAME_MAX: usize = 15;
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 const IFF_TUN: libc::c_short = 0x0001;
 const IFF_NO_PI: libc::c_short = 0x1000;
 const IFF_VNET_HDR: libc::c_short = 0x4000;
@@ -31,8 +32,6 @@ const OFFLOAD_USO6: libc::c_uint = 0x40;
 /// What the kernel does for this device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Offloads {
-    /// Every packet has a virtio header.
-    pub vnet: bool,
     /// Large TCP packets both ways.
     pub tso: bool,
     /// Large UDP packets both ways (from Linux 6.2).
@@ -100,27 +99,22 @@ impl Tun {
         if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(usable) || name.starts_with('.') {
             return Err(Error::BadName { name: name.to_owned() });
         }
-        let (fd, vnet) = match Self::attach(name, true) {
-            Ok(fd) => (fd, true),
-            Err(Error::OtherDevice { .. }) => (Self::attach(name, false)?, false),
-            Err(error) => return Err(error),
-        };
+        let fd = Self::attach(name)?;
         let mut tun =
-            Self { fd, name: name.to_owned(), index: 0, offloads: Offloads { vnet, tso: false, uso: false } };
-        if vnet {
-            let tcp = OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN;
-            tun.offloads.uso = tun.offload(tcp | OFFLOAD_USO4 | OFFLOAD_USO6);
-            tun.offloads.tso = tun.offloads.uso || tun.offload(tcp);
-            if !tun.offloads.tso {
-                // Checksums alone, or nothing: every packet is an ordinary one then.
-                let _ = tun.offload(OFFLOAD_CSUM) || tun.offload(0);
-            }
+            Self { fd, name: name.to_owned(), index: 0, offloads: Offloads { tso: false, uso: false } };
+        tun.set_header_len()?;
+        let tcp = OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN;
+        tun.offloads.uso = tun.offload(tcp | OFFLOAD_USO4 | OFFLOAD_USO6);
+        tun.offloads.tso = tun.offloads.uso || tun.offload(tcp);
+        if !tun.offloads.tso {
+            // Checksums alone, or nothing: every packet is an ordinary one then.
+            let _ = tun.offload(OFFLOAD_CSUM) || tun.offload(0);
         }
         tun.configure(mtu)?;
         Ok(tun)
     }
 
-    fn attach(name: &str, vnet: bool) -> Result<OwnedFd, Error> {
+    fn attach(name: &str) -> Result<OwnedFd, Error> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -132,7 +126,7 @@ impl Tun {
             })?;
         let fd = OwnedFd::from(file);
         let mut request = IfReq::new(name);
-        request.value.flags = IFF_TUN | IFF_NO_PI | if vnet { IFF_VNET_HDR } else { 0 };
+        request.value.flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR;
         ioctl(fd.as_fd(), TUNSETIFF, &mut request).map_err(|source| match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Error::NoPermission { name: name.to_owned(), source },
             Some(libc::EBUSY) => Error::NameInUse { name: name.to_owned() },
@@ -140,6 +134,22 @@ impl Tun {
             _ => Error::Tun { name: name.to_owned(), step: "TUNSETIFF", source },
         })?;
         Ok(fd)
+    }
+
+    /// A device that was there before may have another length set.
+    fn set_header_len(&self) -> Result<(), Error> {
+        let len = VNET_LEN as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads an int.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETVNETHDRSZ, &raw const len) };
+        if result < 0 {
+            let name = self.name.clone();
+            return Err(Error::Tun {
+                name,
+                step: "setting the header length",
+                source: io::Error::last_os_error(),
+            });
+        }
+        Ok(())
     }
 
     fn offload(&self, bits: libc::c_uint) -> bool {
@@ -190,12 +200,13 @@ impl Tun {
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match rustix::io::read(&self.fd, buffer) {
             Ok(length) => Ok(Some(length)),
-            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            // A signal is nothing to act on: the device is still ready at the next turn.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Writes one packet from its pieces, the virtio header first where there is one.
+    /// Writes one packet from its pieces, the virtio header first.
     pub(crate) fn write(&self, pieces: &[io::IoSlice<'_>]) -> io::Result<()> {
         rustix::io::writev(&self.fd, pieces)?;
         Ok(())

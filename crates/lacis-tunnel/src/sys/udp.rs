@@ -11,6 +11,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
 use crate::error::Error;
@@ -27,6 +28,8 @@ pub(crate) const MAX_SEGMENTS: usize = 64;
 /// With its headers a batch stays below what crosses the network stack whole.
 const MAX_BATCH_V4: usize = 65_493;
 const MAX_BATCH_V6: usize = MAX_BATCH_V4 - 20;
+/// How long a full send buffer may hold up the packet thread.
+const FULL_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 /// More than any control message here.
 const CONTROL: usize = 64;
 
@@ -162,7 +165,22 @@ impl UdpSocket {
 
     /// Sends one datagram.
     fn send(&self, to: SocketAddr, data: &[u8]) -> io::Result<()> {
-        self.socket.send_to(data, &to.into()).map(drop)
+        let to = SockAddr::from(to);
+        self.patiently(|| self.socket.send_to(data, &to).map(drop))
+    }
+
+    /// Sends, and once more after a short wait when the send buffer is full: that slows the host's senders down,
+    /// where dropping a whole batch would stop them.
+    fn patiently(&self, send: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        match send() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+                // Whether there is room now is seen by the second try.
+                let _ = poll(&mut fds, Some(&FULL_WAIT));
+                send()
+            }
+            other => other,
+        }
     }
 
     /// Sends `data` as datagrams of `segment` bytes, the last maybe shorter. True: it took single sends after a
@@ -210,9 +228,12 @@ impl UdpSocket {
             (*header).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as _;
             libc::CMSG_DATA(header).cast::<u16>().write_unaligned(segment as u16);
         }
-        // SAFETY: see above; the data is only read.
-        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
-        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        self.patiently(|| {
+            // SAFETY: see above; the data is only read.
+            let sent =
+                unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+            if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        })
     }
 
     /// Receives one datagram, or several of one size and sender; `None` when nothing waits.

@@ -59,6 +59,8 @@ impl Worker {
         if before != Path::None || path == Path::None {
             return;
         }
+        self.unpark(&key);
+        let Some(peer) = self.peers.get(slot) else { return };
         let (waiting, keep_alive) = (peer.waiting, peer.config.persistent_keepalive.is_some());
         // Packets have waited for a path, and the handshake that they began went nowhere: begin it again.
         if (waiting || keep_alive)

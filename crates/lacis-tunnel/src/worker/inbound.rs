@@ -1,7 +1,7 @@
 //! From peers to the host: find the peer of a datagram, open it, check its source, judge it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
@@ -29,16 +29,46 @@ const TELL_SOURCE: Duration = Duration::from_millis(500);
 /// Between two [`Event::UnknownPeer`].
 const TELL_UNKNOWN: Duration = Duration::from_millis(100);
 
+/// Handshakes kept for peers that this node does not know yet, or has no path to.
+const PARKED: usize = 16;
+/// They are kept this long: the sender tries again after five seconds.
+const PARKED_LIFE: Duration = Duration::from_secs(5);
+
 const HANDSHAKE_INIT: u32 = 1;
 const HANDSHAKE_RESPONSE: u32 = 2;
 const COOKIE_REPLY: u32 = 3;
 const DATA: u32 = 4;
+const HANDSHAKE_INIT_LEN: usize = 148;
 const COOKIE_REPLY_LEN: usize = 64;
 /// Least length of a data packet: headers and the tag of an empty one.
 const DATA_LEAST: usize = 32;
 
 const DISCO_MAGIC: &[u8] = "TS💬".as_bytes();
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
+
+/// The last handshakes that came too early. Two nodes do not learn of one another at the same moment, and the one that
+/// knows first would otherwise wait for its second try.
+#[derive(Debug, Default)]
+pub(super) struct Parked(Vec<(Instant, NodeKey, Source, Vec<u8>)>);
+
+impl Parked {
+    fn park(&mut self, key: NodeKey, source: Source, data: &[u8], now: Instant) {
+        if data.len() != HANDSHAKE_INIT_LEN {
+            return;
+        }
+        self.0.retain(|(at, other, ..)| *other != key && now.saturating_duration_since(*at) < PARKED_LIFE);
+        if self.0.len() >= PARKED {
+            self.0.remove(0);
+        }
+        self.0.push((now, key, source, data.to_vec()));
+    }
+
+    fn take(&mut self, key: &NodeKey, now: Instant) -> Option<(Source, Vec<u8>)> {
+        let at = self.0.iter().position(|(_, other, ..)| other == key)?;
+        let (when, _, source, data) = self.0.remove(at);
+        (now.saturating_duration_since(when) < PARKED_LIFE).then_some((source, data))
+    }
+}
 
 fn number(data: &[u8], at: usize) -> u32 {
     data.get(at..at + 4).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
@@ -75,7 +105,32 @@ impl Worker {
             return Some(slot);
         }
         self.shared.counters.in_no_session.add(1);
+        if let Source::Relay(key) = source {
+            self.begin_session(&key);
+        }
         None
+    }
+
+    /// A peer uses a session that this node has forgotten, by restarting perhaps. The relay tells who it is, so this
+    /// side begins anew; WireGuard alone would leave it to the peer, which notices after 15 seconds.
+    fn begin_session(&mut self, key: &NodeKey) {
+        let Some(slot) = self.peers.slot_of(key) else { return };
+        let idle = self.peers.get(slot).is_some_and(|peer| peer.tunn.is_none() && peer.path != Path::None);
+        if !idle || !self.prepare(slot) {
+            return;
+        }
+        let Some(peer) = self.peers.get(slot) else { return };
+        let path = peer.path;
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return };
+        let now = self.now.instant;
+        let sent = self.sinks.emit(path, key, sealed_len(0), &self.out, now, |space| {
+            match tunn.format_handshake_initiation(space, false) {
+                TunnResult::WriteToNetwork(packet) => packet.len(),
+                _ => 0,
+            }
+        });
+        peer.counters.tx_bytes.add(sent.len() as u64);
+        peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
     }
 
     fn data(&mut self, data: &[u8], source: Source) {
@@ -211,8 +266,14 @@ impl Worker {
             if Peer::due(&mut self.unknown_told, self.now.instant, TELL_UNKNOWN) {
                 self.out.event(Event::UnknownPeer { key, addr });
             }
+            self.parked.park(key, source, data, self.now.instant);
             return;
         };
+        if self.peers.get(slot).is_some_and(|peer| peer.path == Path::None) {
+            self.out.event(Event::PeerActive { key, has_path: false });
+            self.parked.park(key, source, data, self.now.instant);
+            return;
+        }
         // A malformed message must not make state.
         if !matches!(Tunn::parse_incoming_packet(data), Ok(Packet::HandshakeInit(_))) || !self.prepare(slot) {
             self.shared.counters.in_invalid.add(1);
@@ -225,9 +286,13 @@ impl Worker {
             peer.confirmed = false;
             peer.counters.rx_bytes.add(data.len() as u64);
             peer.counters.rx_packets.add(1);
-            if peer.path == Path::None {
-                self.out.event(Event::PeerActive { key, has_path: false });
-            }
+        }
+    }
+
+    /// A path leads to this peer now: its handshake that waited is taken up.
+    pub(super) fn unpark(&mut self, key: &NodeKey) {
+        if let Some((source, data)) = self.parked.take(key, self.now.instant) {
+            self.handshake_init(&data, source);
         }
     }
 

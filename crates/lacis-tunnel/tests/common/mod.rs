@@ -53,7 +53,9 @@ impl Namespace {
             let outcome = if failed { Err(io::Error::last_os_error()) } else { Ok(rustix::thread::gettid()) };
             let _ = started.send(outcome);
             if !failed {
-                work.into_iter().for_each(|job| job());
+                for job in work {
+                    job();
+                }
             }
         });
         let thread_id = result.recv().map_err(io::Error::other)??.as_raw_nonzero().get();
@@ -66,7 +68,10 @@ impl Namespace {
     }
 
     /// Runs something inside on a thread of its own.
-    pub fn spawn<R: Send + 'static>(&self, work: impl FnOnce() -> R + Send + 'static) -> thread::JoinHandle<R> {
+    pub fn spawn<R: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> R + Send + 'static,
+    ) -> thread::JoinHandle<R> {
         self.run(move || thread::spawn(work))
     }
 
@@ -87,7 +92,9 @@ impl Namespace {
 
     pub fn command(&self, program: &str, words: &str) -> Output {
         let (program, words) = (program.to_owned(), words.to_owned());
-        self.run(move || Command::new(program).args(words.split_whitespace()).output().expect("the program runs"))
+        self.run(move || {
+            Command::new(program).args(words.split_whitespace()).output().expect("the program runs")
+        })
     }
 }
 
