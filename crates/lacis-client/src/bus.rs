@@ -10,7 +10,7 @@ const BEHIND: usize = 128;
 
 /// Publishes to all watchers of the local API.
 #[derive(Clone, Debug)]
-pub struct Bus(broadcast::Sender<Arc<Notify>>);
+pub(crate) struct Bus(broadcast::Sender<Arc<Notify>>);
 
 impl Default for Bus {
     fn default() -> Self {
@@ -19,12 +19,12 @@ impl Default for Bus {
 }
 
 impl Bus {
-    pub fn publish(&self, notify: Notify) {
+    pub(crate) fn publish(&self, notify: Notify) {
         // Without watchers there is nobody to tell.
         let _ = self.0.send(Arc::new(notify));
     }
 
-    pub fn watch(&self) -> broadcast::Receiver<Arc<Notify>> {
+    pub(crate) fn watch(&self) -> broadcast::Receiver<Arc<Notify>> {
         self.0.subscribe()
     }
 }

@@ -40,7 +40,7 @@ const EVENTS: usize = 16;
 
 /// Who registers, and where.
 #[derive(Debug)]
-pub struct ControlConfig {
+pub(crate) struct ControlConfig {
     pub url: String,
     pub machine_key: MachinePrivateKey,
     pub node_key: NodePrivateKey,
@@ -55,7 +55,7 @@ pub struct ControlConfig {
 
 /// What this node says of itself. Sent when it changes.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Announcement {
+pub(crate) struct Announcement {
     pub hostinfo: Hostinfo,
     pub endpoints: Vec<SocketAddr>,
     pub endpoint_types: Vec<u8>,
@@ -64,14 +64,14 @@ pub struct Announcement {
 
 impl Announcement {
     /// The home region in it; 0 while there is none.
-    pub fn home(&self) -> u16 {
+    pub(crate) fn home(&self) -> u16 {
         self.hostinfo.net_info.as_ref().map_or(0, |info| info.preferred_derp)
     }
 }
 
 /// What the engine hears.
 #[derive(Debug)]
-pub enum ControlEvent {
+pub(crate) enum ControlEvent {
     /// A session stands.
     Connected {
         server_key: MachineKey,
@@ -101,14 +101,14 @@ pub enum ControlEvent {
 
 /// A running control session. Dropping it ends the session.
 #[derive(Debug)]
-pub struct Control {
+pub(crate) struct Control {
     pub events: mpsc::Receiver<ControlEvent>,
     announce: watch::Sender<Announcement>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl Control {
-    pub fn start(config: ControlConfig, announcement: Announcement) -> Self {
+    pub(crate) fn start(config: ControlConfig, announcement: Announcement) -> Self {
         let (events, receiver) = mpsc::channel(EVENTS);
         let (announce, announcement) = watch::channel(announcement);
         let task = tokio::spawn(Task { config, events, announcement, registered: false }.run());
@@ -116,7 +116,7 @@ impl Control {
     }
 
     /// Says this from now on.
-    pub fn announce(&self, announcement: Announcement) {
+    pub(crate) fn announce(&self, announcement: Announcement) {
         self.announce.send_if_modified(|old| {
             let changed = *old != announcement;
             *old = announcement;
@@ -126,7 +126,7 @@ impl Control {
 }
 
 /// Tells the server that this node leaves, so that its key is worth nothing any more.
-pub async fn logout(config: ControlConfig, hostinfo: Hostinfo) -> Result<(), String> {
+pub(crate) async fn logout(config: ControlConfig, hostinfo: Hostinfo) -> Result<(), String> {
     let work = async {
         let client = connect(&config, None).await.map_err(|error| chain(&error))?.0;
         let request = RegisterRequest {

@@ -4,12 +4,12 @@ use lacis_wire::control::Hostinfo;
 use lacis_wire::local::Prefs;
 
 /// The version that peers see.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// A name for hosts that have none.
 const NAMELESS: &str = "localhost";
 
 /// The host's own facts, without what the user wishes.
-pub fn read(log_id: &str) -> Hostinfo {
+pub(crate) fn read(log_id: &str) -> Hostinfo {
     let uname = rustix::system::uname();
     let text = |part: &std::ffi::CStr| part.to_string_lossy().into_owned();
     let release = std::fs::read_to_string("/etc/os-release")
@@ -34,7 +34,7 @@ pub fn read(log_id: &str) -> Hostinfo {
 }
 
 /// The same with the user's wishes.
-pub fn with_prefs(host: &Hostinfo, prefs: &Prefs) -> Hostinfo {
+pub(crate) fn with_prefs(host: &Hostinfo, prefs: &Prefs) -> Hostinfo {
     let hostname = if prefs.hostname.is_empty() { &host.hostname } else { &prefs.hostname };
     Hostinfo {
         hostname: if hostname.is_empty() { NAMELESS.to_owned() } else { hostname.clone() },

@@ -15,7 +15,7 @@ const PER_V6_SUBNET: usize = 2;
 
 /// Addresses of all interfaces, as far as they can be endpoints: not those of the mesh, not link-local, loopback
 /// only if there is nothing else. None where netlink does not tell.
-pub async fn addresses() -> Vec<IpAddr> {
+pub(crate) async fn addresses() -> Vec<IpAddr> {
     let connection = match rtnetlink::new_connection() {
         Ok((connection, handle, _)) => Ok((AbortOnDropHandle::new(tokio::spawn(connection)), handle)),
         Err(error) => Err(error.to_string()),
@@ -71,7 +71,7 @@ fn usable(all: Vec<IpAddr>) -> Vec<IpAddr> {
 }
 
 /// The endpoints of this node and where each comes from: what relays saw of it first, then its own addresses.
-pub fn endpoints(
+pub(crate) fn endpoints(
     seen: &[SocketAddr],
     own: &[IpAddr],
     (port4, port6): (u16, u16),

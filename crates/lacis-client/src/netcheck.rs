@@ -30,10 +30,13 @@ const BETTER_BY: Duration = Duration::from_millis(10);
 
 /// STUN requests that wait for their answers, which come through the tunnel's sockets.
 #[derive(Clone, Debug, Default)]
-pub struct StunProbes(Arc<Mutex<HashMap<TxId, oneshot::Sender<(SocketAddr, Instant)>>>>);
+pub(crate) struct StunProbes(Arc<Mutex<HashMap<TxId, oneshot::Sender<Answer>>>>);
+
+/// The address that the server saw, and when its answer came.
+type Answer = (SocketAddr, Instant);
 
 impl StunProbes {
-    fn expect(&self, id: TxId) -> oneshot::Receiver<(SocketAddr, Instant)> {
+    fn expect(&self, id: TxId) -> oneshot::Receiver<Answer> {
         let (tx, rx) = oneshot::channel();
         let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         pending.retain(|_, waiting| !waiting.is_closed());
@@ -42,7 +45,7 @@ impl StunProbes {
     }
 
     /// A datagram that looks like STUN came in.
-    pub fn answer(&self, datagram: &[u8]) {
+    pub(crate) fn answer(&self, datagram: &[u8]) {
         let Ok((id, seen)) = stun::parse_response(datagram) else { return };
         let waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         if let Some(waiting) = waiting {
@@ -60,7 +63,7 @@ enum Measured {
 }
 
 /// Measures all regions of the map. Returns as soon as `enough` says so, or after [`LIMIT`].
-pub async fn measure(
+pub(crate) async fn measure(
     map: &DerpMap,
     tunnel: &Tunnel,
     probes: &StunProbes,
@@ -221,7 +224,7 @@ fn summarise(report: &mut NetcheckReport, seen: &[(u16, SocketAddr)]) {
 
 /// The home region after this report: the nearest, unless the present one is hardly worse. `None` when nothing is
 /// known and there is none.
-pub fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) -> Option<u16> {
+pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) -> Option<u16> {
     let score = |region: u16| {
         map.home_params
             .as_ref()
@@ -260,7 +263,7 @@ pub fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) -> Opti
 }
 
 /// What the control server is told of it.
-pub fn net_info(report: &NetcheckReport, home: u16) -> NetInfo {
+pub(crate) fn net_info(report: &NetcheckReport, home: u16) -> NetInfo {
     let seconds = |nanos: u64| Duration::from_nanos(nanos).as_secs_f64();
     let named = |latencies: &BTreeMap<u16, u64>, family: &'static str| -> Vec<(String, f64)> {
         latencies.iter().map(|(region, latency)| (format!("{region}-{family}"), seconds(*latency))).collect()
@@ -281,12 +284,12 @@ pub fn net_info(report: &NetcheckReport, home: u16) -> NetInfo {
 }
 
 /// The address others see this host's socket at.
-pub fn reflexive(report: &NetcheckReport) -> Vec<SocketAddr> {
+pub(crate) fn reflexive(report: &NetcheckReport) -> Vec<SocketAddr> {
     [&report.global_v4, &report.global_v6].into_iter().filter_map(|text| text.parse().ok()).collect()
 }
 
 /// Is this a private address of the mesh itself, which is no way to reach anybody?
-pub fn is_mesh_address(ip: IpAddr) -> bool {
+pub(crate) fn is_mesh_address(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => u32::from(ip) & 0xffc0_0000 == u32::from(Ipv4Addr::new(100, 64, 0, 0)),
         IpAddr::V6(ip) => ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],

@@ -19,7 +19,7 @@ const BASE_FILTER: &str = "base";
 
 /// One state of the network. Cheap to clone.
 #[derive(Clone, Debug, PartialEq)]
-pub struct NetMap {
+pub(crate) struct NetMap {
     pub node: Arc<Node>,
     pub peers: BTreeMap<NodeId, Arc<Node>>,
     pub derp_map: Arc<DerpMap>,
@@ -33,37 +33,37 @@ pub struct NetMap {
 
 impl NetMap {
     /// All packet filter rules, in the order of their names.
-    pub fn filter_rules(&self) -> Vec<FilterRule> {
+    pub(crate) fn filter_rules(&self) -> Vec<FilterRule> {
         self.filters.values().flat_map(|rules| rules.iter().cloned()).collect()
     }
 
     /// The node that has an address: ourselves or a peer.
-    pub fn by_address(&self, address: IpAddr) -> Option<&Arc<Node>> {
+    pub(crate) fn by_address(&self, address: IpAddr) -> Option<&Arc<Node>> {
         let has = |node: &&Arc<Node>| node.addresses.iter().any(|net| net.addr() == address);
         std::iter::once(&self.node).chain(self.peers.values()).find(has)
     }
 
-    pub fn by_key(&self, key: &NodeKey) -> Option<&Arc<Node>> {
+    pub(crate) fn by_key(&self, key: &NodeKey) -> Option<&Arc<Node>> {
         std::iter::once(&self.node).chain(self.peers.values()).find(|node| node.key == *key)
     }
 
-    pub fn peer_by_disco(&self, key: &DiscoKey) -> Option<&Arc<Node>> {
+    pub(crate) fn peer_by_disco(&self, key: &DiscoKey) -> Option<&Arc<Node>> {
         self.peers.values().find(|node| node.disco_key.as_ref() == Some(key))
     }
 
     /// The name of the network's zone: our own name without its first label.
-    pub fn magic_dns_suffix(&self) -> &str {
+    pub(crate) fn magic_dns_suffix(&self) -> &str {
         let name = self.node.name.trim_end_matches('.');
         name.split_once('.').map_or("", |(_, suffix)| suffix)
     }
 
     /// Our own addresses.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.node.addresses.iter().map(|net| net.addr())
     }
 
     /// A stream's first frame that says all of this.
-    pub fn to_message(&self) -> MapResponse {
+    pub(crate) fn to_message(&self) -> MapResponse {
         MapResponse {
             node: Some((*self.node).clone()),
             peers: self.peers.values().map(|node| (**node).clone()).collect(),
@@ -80,13 +80,13 @@ impl NetMap {
 }
 
 /// Is this node's key still good?
-pub fn is_expired(node: &Node, now: OffsetDateTime) -> bool {
+pub(crate) fn is_expired(node: &Node, now: OffsetDateTime) -> bool {
     node.expired || node.key_expiry.is_some_and(|at| at <= now)
 }
 
 /// Which parts of a network map are not what they were.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
+pub(crate) struct Changes {
     /// Ourselves.
     pub node: bool,
     /// Who the peers are, their addresses, keys or names.
@@ -101,24 +101,24 @@ pub struct Changes {
 }
 
 impl Changes {
-    pub const ALL: Self =
+    pub(crate) const ALL: Self =
         Self { node: true, peers: true, places: true, derp_map: true, dns: true, filters: true, other: true };
 
-    pub fn any(self) -> bool {
+    pub(crate) fn any(self) -> bool {
         self != Self::default()
     }
 }
 
 /// Why a stream is no use.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum BadStream {
+pub(crate) enum BadStream {
     #[error("the server's first frame does not say who we are")]
     NoNode,
 }
 
 /// Follows one map stream.
 #[derive(Debug, Default)]
-pub struct Session {
+pub(crate) struct Session {
     map: Option<NetMap>,
     /// The server's clock minus ours, when the server told it.
     pub clock_offset: time::Duration,
@@ -126,12 +126,16 @@ pub struct Session {
 
 impl Session {
     /// The state after the frames so far; `None` before the first.
-    pub fn map(&self) -> Option<&NetMap> {
+    pub(crate) fn map(&self) -> Option<&NetMap> {
         self.map.as_ref()
     }
 
     /// Takes in one frame. `now` is this host's clock.
-    pub fn apply(&mut self, mut frame: MapResponse, now: OffsetDateTime) -> Result<Changes, BadStream> {
+    pub(crate) fn apply(
+        &mut self,
+        mut frame: MapResponse,
+        now: OffsetDateTime,
+    ) -> Result<Changes, BadStream> {
         if let Some(time) = frame.control_time {
             self.clock_offset = time - now;
         }

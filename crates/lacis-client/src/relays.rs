@@ -21,13 +21,13 @@ use lacis_wire::key::{NodeKey, NodePrivateKey};
 use tokio::sync::mpsc;
 
 /// A connection that is not home and unused for this long is closed.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 /// Batches taken from the tunnel at once.
 const CARRY: usize = 64;
 
 /// What the engine hears of the relays.
 #[derive(Debug)]
-pub enum RelayNews {
+pub(crate) enum RelayNews {
     Event(RegionId, RelayEvent),
     /// A disco message, and whom the relay says it is from.
     Disco {
@@ -39,7 +39,7 @@ pub enum RelayNews {
 
 /// All relay connections. Cheap to clone.
 #[derive(Clone)]
-pub struct Relays(Arc<Inner>);
+pub(crate) struct Relays(Arc<Inner>);
 
 struct Inner {
     tunnel: Tunnel,
@@ -67,7 +67,7 @@ impl std::fmt::Debug for Relays {
 }
 
 impl Relays {
-    pub fn new(tunnel: Tunnel, fwmark: Option<u32>, news: mpsc::Sender<RelayNews>) -> Self {
+    pub(crate) fn new(tunnel: Tunnel, fwmark: Option<u32>, news: mpsc::Sender<RelayNews>) -> Self {
         let dial = DialOptions { fwmark, ..DialOptions::default() };
         Self(Arc::new(Inner { tunnel, news, dial, state: Mutex::default() }))
     }
@@ -76,12 +76,12 @@ impl Relays {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn dial_options(&self) -> DialOptions {
+    pub(crate) fn dial_options(&self) -> DialOptions {
         self.0.dial.clone()
     }
 
     /// As whom; `None` closes everything.
-    pub fn set_identity(&self, key: Option<NodePrivateKey>) {
+    pub(crate) fn set_identity(&self, key: Option<NodePrivateKey>) {
         let mut state = self.state();
         let same = match (&state.node_key, &key) {
             (Some(old), Some(new)) => old.public() == new.public(),
@@ -99,7 +99,7 @@ impl Relays {
     }
 
     /// Which relays there are. Connections to regions that changed are made anew.
-    pub fn set_map(&self, map: &DerpMap) {
+    pub(crate) fn set_map(&self, map: &DerpMap) {
         let mut state = self.state();
         let regions = map.regions.iter().map(|(id, region)| (*id, RelayRegion::from(region))).collect();
         let old = std::mem::replace(&mut state.regions, regions);
@@ -110,7 +110,7 @@ impl Relays {
     }
 
     /// Where home is; 0 for nowhere.
-    pub fn set_home(&self, home: RegionId) {
+    pub(crate) fn set_home(&self, home: RegionId) {
         let mut state = self.state();
         let before = std::mem::replace(&mut state.home, home);
         if before != home
@@ -124,18 +124,18 @@ impl Relays {
         }
     }
 
-    pub fn home(&self) -> RegionId {
+    pub(crate) fn home(&self) -> RegionId {
         self.state().home
     }
 
     /// Where the peers say they are.
-    pub fn set_peers(&self, homes: HashMap<NodeKey, RegionId>) {
+    pub(crate) fn set_peers(&self, homes: HashMap<NodeKey, RegionId>) {
         let mut state = self.state();
         state.heard.retain(|key, _| homes.contains_key(key));
         state.homes = homes;
     }
 
-    pub fn is_connected(&self, region: RegionId) -> bool {
+    pub(crate) fn is_connected(&self, region: RegionId) -> bool {
         self.state().clients.get(&region).is_some_and(RelayClient::is_connected)
     }
 
@@ -160,7 +160,7 @@ impl Relays {
 
     /// Sends ready `SendPacket` frames to the relay through which the peer is reached. Must be called within a
     /// tokio runtime. False when no relay is known for it.
-    pub fn send(&self, key: &NodeKey, frames: Bytes) -> bool {
+    pub(crate) fn send(&self, key: &NodeKey, frames: Bytes) -> bool {
         let mut state = self.state();
         let region = state.homes.get(key).copied().filter(|region| state.regions.contains_key(region));
         let Some(region) = region.or_else(|| state.heard.get(key).copied()) else { return false };
@@ -171,7 +171,12 @@ impl Relays {
     }
 
     /// Sends one packet that is no WireGuard packet, through a region if it is said. The region that was used.
-    pub fn send_packet(&self, region: Option<RegionId>, key: &NodeKey, packet: &[u8]) -> Option<RegionId> {
+    pub(crate) fn send_packet(
+        &self,
+        region: Option<RegionId>,
+        key: &NodeKey,
+        packet: &[u8],
+    ) -> Option<RegionId> {
         let mut state = self.state();
         let region =
             region.or_else(|| state.homes.get(key).copied()).or_else(|| state.heard.get(key).copied())?;
@@ -181,19 +186,19 @@ impl Relays {
     }
 
     /// Closes connections that nobody uses. Called now and then.
-    pub fn close_idle(&self) {
+    pub(crate) fn close_idle(&self) {
         let mut state = self.state();
         let home = state.home;
         state.clients.retain(|region, client| *region == home || client.idle_for() < IDLE);
     }
 
     /// The host's network changed: what was connected may not be any more.
-    pub fn redial(&self) {
+    pub(crate) fn redial(&self) {
         self.state().clients.values().for_each(RelayClient::redial);
     }
 
     /// The peer is not at that relay (any more).
-    pub fn forget(&self, region: RegionId, peer: &NodeKey) {
+    pub(crate) fn forget(&self, region: RegionId, peer: &NodeKey) {
         let mut state = self.state();
         if state.heard.get(peer) == Some(&region) {
             state.heard.remove(peer);
@@ -201,7 +206,7 @@ impl Relays {
     }
 
     /// Carries what the tunnel has for relays, until the tunnel ends.
-    pub async fn carry(self, mut output: RelayOutput) {
+    pub(crate) async fn carry(self, mut output: RelayOutput) {
         let mut batches = Vec::with_capacity(CARRY);
         while output.recv_many(&mut batches, CARRY).await > 0 {
             for batch in batches.drain(..) {

@@ -26,7 +26,7 @@ const NETMAP_LIMIT: usize = 256 << 20;
 
 /// The contents of `state.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Saved {
+pub(crate) struct Saved {
     pub machine_key: MachinePrivateKey,
     /// None before the first login and after a logout.
     #[serde(default)]
@@ -85,12 +85,12 @@ impl Saved {
     }
 
     /// Is there a login to go on with?
-    pub fn is_logged_in(&self) -> bool {
+    pub(crate) fn is_logged_in(&self) -> bool {
         self.node_key.is_some() && !self.prefs.logged_out
     }
 
     /// Forgets who this node was; the next login is a new one. The machine stays the same.
-    pub fn forget_login(&mut self) {
+    pub(crate) fn forget_login(&mut self) {
         self.node_key = None;
         self.pending_key = None;
         self.old_node_key = None;
@@ -102,14 +102,14 @@ impl Saved {
 
 /// The state directory, locked as long as this lives.
 #[derive(Debug)]
-pub struct StateDir {
+pub(crate) struct StateDir {
     path: PathBuf,
     _lock: File,
 }
 
 impl StateDir {
     /// Opens the directory, making it if need be.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         let failed = |doing, source| Error::State { doing, path: path.to_owned(), source };
         DirBuilder::new()
             .recursive(true)
@@ -133,7 +133,7 @@ impl StateDir {
     }
 
     /// What was saved, or a new identity that is saved at once.
-    pub fn load(&self) -> Result<Saved, Error> {
+    pub(crate) fn load(&self) -> Result<Saved, Error> {
         let path = self.path.join(STATE);
         match fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).map_err(|source| Error::StateDamaged { path, source }),
@@ -146,7 +146,7 @@ impl StateDir {
         }
     }
 
-    pub fn save(&self, saved: &Saved) -> Result<(), Error> {
+    pub(crate) fn save(&self, saved: &Saved) -> Result<(), Error> {
         let path = self.path.join(STATE);
         let text = zeroize::Zeroizing::new(
             serde_json::to_vec_pretty(saved)
@@ -156,7 +156,7 @@ impl StateDir {
     }
 
     /// The last network map. A damaged one is no loss: the server sends another.
-    pub fn load_netmap(&self) -> Option<MapResponse> {
+    pub(crate) fn load_netmap(&self) -> Option<MapResponse> {
         let path = self.path.join(NETMAP);
         let packed = fs::read(&path).ok()?;
         let read = || -> Result<MapResponse, Box<dyn std::error::Error>> {
@@ -170,7 +170,7 @@ impl StateDir {
             .ok()
     }
 
-    pub fn save_netmap(&self, map: &MapResponse) -> Result<(), Error> {
+    pub(crate) fn save_netmap(&self, map: &MapResponse) -> Result<(), Error> {
         let text = lacis_wire::control::to_json(map);
         let packed = zstd::bulk::compress(&text, NETMAP_LEVEL).map_err(|source| Error::State {
             doing: "compressing",
@@ -181,7 +181,7 @@ impl StateDir {
     }
 
     /// Forgets the map of a network that this node has left.
-    pub fn remove_netmap(&self) {
+    pub(crate) fn remove_netmap(&self) {
         let path = self.path.join(NETMAP);
         if let Err(error) = fs::remove_file(&path)
             && error.kind() != io::ErrorKind::NotFound

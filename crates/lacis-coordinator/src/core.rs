@@ -120,6 +120,8 @@ pub enum Error {
     Encode(#[from] serde_json::Error),
 }
 
+type TellRevoked = Box<dyn Fn(&NodeKey) + Send + Sync>;
+
 struct Inner {
     config: CoreConfig,
     store: Store,
@@ -132,7 +134,7 @@ struct Inner {
     last_user: AtomicI64,
     last_node: AtomicI64,
     /// Told when a node key may no longer be used.
-    on_revoked: OnceLock<Box<dyn Fn(&NodeKey) + Send + Sync>>,
+    on_revoked: OnceLock<TellRevoked>,
     registrations: prometheus_client::metrics::counter::Counter,
     streams: prometheus_client::metrics::gauge::Gauge<i64, AtomicI64>,
     frames: prometheus_client::metrics::counter::Counter<u64, AtomicU64>,

@@ -162,7 +162,7 @@ impl Noise {
         let asked = Arc::new(AtomicBool::new(false));
         let service = hyper::service::service_fn(|request: http::Request<Incoming>| {
             asked.store(true, Ordering::Relaxed);
-            call(self.shared.inner.clone(), session.clone(), request)
+            call(self.shared.inner.clone(), session, request)
         });
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())

@@ -39,10 +39,11 @@ pub(super) async fn bus(State(api): State<Api>, Query(Mask { mask }): Query<Mask
                 () = stop.cancelled() => return None,
             };
             match event {
-                Ok(notify) => match visible(&notify, mask) {
-                    Some(shown) => return Some((line(&shown), (events, stop))),
-                    None => {}
-                },
+                Ok(notify) => {
+                    if let Some(shown) = visible(&notify, mask) {
+                        return Some((line(&shown), (events, stop)));
+                    }
+                }
                 // A slow reader: it has lost events, the next ones still count.
                 Err(RecvError::Lagged(lost)) => tracing::warn!(lost, "a watcher of the bus is too slow"),
                 Err(RecvError::Closed) => return None,

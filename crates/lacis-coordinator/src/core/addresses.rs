@@ -84,9 +84,7 @@ mod tests {
             assert!(first == 100 && (64..128).contains(&second));
             assert!(!(second == 100 && third == 100), "{v4}");
             assert!(!(second == 115 && (third == 92 || third == 93)), "{v4}");
-            assert!(
-                !(second == 64 && third == 0 && last == 0) && !(second == 127 && third == 255 && last == 255)
-            );
+            assert!(!matches!((second, third, last), (64, 0, 0) | (127, 255, 255)));
             assert_ne!(v6, "fd7a:115c:a1e0::53".parse::<Ipv6Addr>().unwrap());
             assert_eq!(v6.segments()[3..6], [0, 0, 0]);
             assert!(given.insert(v4));

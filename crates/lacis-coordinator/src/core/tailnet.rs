@@ -209,7 +209,7 @@ impl Editing<'_> {
         self.state.leaving.remove(&id);
         self.state.dirty.remove(&id);
         self.publish(Change { node: id, what: What::Removed }, |next| {
-            next.nodes.retain(|node| node.id != id)
+            next.nodes.retain(|node| node.id != id);
         });
     }
 
