@@ -1,9 +1,8 @@
 //! What a site's router does to packets, as nftables rules: one table of NAT kinds for all scenarios.
 //!
-//! The recipes were measured kind by kind in network namespaces; the words are RFC 4787's. Every router has the
-//! interfaces `wan` and `lan`. Used by [`crate::net`] when a site's router is set up.
-
-use std::fmt::Write as _;
+//! The recipes are files in `nat/`, which the virtual machines of `nix/vm-test.nix` read too. They were measured kind by
+//! kind in network namespaces; the words are RFC 4787's. Every router has the interfaces `wan` and `lan`. Used by
+//! [`crate::net`] when a site's router is set up.
 
 use serde::Deserialize;
 
@@ -57,34 +56,16 @@ impl NatKind {
         }
     }
 
-    /// Declarations and rules of the table `ip nat`, without the postrouting that all share.
-    fn translation(self) -> &'static str {
+    /// The router's rules, with a line `# blocked` where those of [`Block`] belong.
+    fn template(self) -> &'static str {
         match self {
-            Self::Open | Self::Firewall => "",
-            Self::Cone | Self::ConeOpenInput => {
-                "chain postrouting { type nat hook postrouting priority 100;\n oifname \"wan\" masquerade\n}\n"
-            }
-            Self::Symmetric => {
-                "chain postrouting { type nat hook postrouting priority 100;\n oifname \"wan\" masquerade fully-random\n}\n"
-            }
-            Self::FullCone => {
-                "map inner { type inet_service : ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s; size 65535; }\n\
-                 chain prerouting { type nat hook prerouting priority -100;\n \
-                 iifname \"wan\" meta l4proto udp dnat to udp dport map @inner\n}\n\
-                 chain postrouting { type nat hook postrouting priority 100;\n \
-                 oifname \"wan\" meta l4proto udp update @inner { udp sport : ip saddr . udp sport }\n \
-                 oifname \"wan\" masquerade\n}\n"
-            }
-            Self::Restricted => {
-                "map inner { type inet_service : ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s; size 65535; }\n\
-                 set seen { type ipv4_addr . inet_service; flags dynamic,timeout; timeout 120s; size 65535; }\n\
-                 chain prerouting { type nat hook prerouting priority -100;\n \
-                 iifname \"wan\" meta l4proto udp ip saddr . udp dport @seen dnat to udp dport map @inner\n}\n\
-                 chain postrouting { type nat hook postrouting priority 100;\n \
-                 oifname \"wan\" meta l4proto udp update @inner { udp sport : ip saddr . udp sport }\n \
-                 oifname \"wan\" meta l4proto udp update @seen { ip daddr . udp sport }\n \
-                 oifname \"wan\" masquerade\n}\n"
-            }
+            Self::Open => include_str!("../nat/open.nft"),
+            Self::Firewall => include_str!("../nat/firewall.nft"),
+            Self::Cone => include_str!("../nat/cone.nft"),
+            Self::ConeOpenInput => include_str!("../nat/cone-open-input.nft"),
+            Self::Symmetric => include_str!("../nat/symmetric.nft"),
+            Self::Restricted => include_str!("../nat/restricted.nft"),
+            Self::FullCone => include_str!("../nat/full-cone.nft"),
         }
     }
 }
@@ -98,45 +79,18 @@ impl Block {
         }
     }
 
-    fn rule(self) -> &'static str {
+    fn rules(self) -> &'static str {
         match self {
-            // Two inequalities on neighbouring ports would be merged into one wrong comparison by nft 1.0.
-            Self::Udp => "ct direction original udp dport != 53 counter drop",
-            Self::ButTcp443 => {
-                "iifname \"lan\" ct state new tcp dport != 443 counter drop\n  \
-                 iifname \"lan\" udp dport != 53 counter drop\n  \
-                 iifname \"lan\" meta l4proto icmp counter drop"
-            }
+            Self::Udp => include_str!("../nat/block-udp.nft"),
+            Self::ButTcp443 => include_str!("../nat/block-but-tcp443.nft"),
         }
     }
 }
 
 /// The whole rule set of one router, in nft's language.
 pub fn ruleset(kind: NatKind, block: &[Block]) -> String {
-    let mut text = String::from("flush ruleset\n");
-    let translation = kind.translation();
-    if !translation.is_empty() {
-        let _ = write!(text, "table ip nat {{\n{translation}}}\n");
-    }
-    let policy = if kind == NatKind::Open { "accept" } else { "drop" };
-    text.push_str("table inet router {\n");
-    let _ = writeln!(text, " chain forward {{ type filter hook forward priority 0; policy {policy};");
-    for block in block {
-        let _ = writeln!(text, "  {}", block.rule());
-    }
-    text.push_str(
-        "  ct state established,related accept\n  iifname \"lan\" accept\n  ct status dnat accept\n }\n",
-    );
-    // A router drops what nobody asked for on its own address: an accepted stray packet would take
-    // the port that an inner host is about to use towards the same peer.
-    if !matches!(kind, NatKind::Open | NatKind::ConeOpenInput) {
-        text.push_str(
-            " chain input { type filter hook input priority 0;\n  \
-             iifname \"wan\" meta l4proto { tcp, udp } ct state new drop\n }\n",
-        );
-    }
-    text.push_str("}\n");
-    text
+    let blocked: String = block.iter().map(|block| block.rules()).collect();
+    kind.template().replace("# blocked\n", &blocked)
 }
 
 #[cfg(test)]

@@ -4,12 +4,13 @@
 //! writes leave as many records in one system call. Whatever fails to verify ends the stream for
 //! good: every later call gives the same kind of error.
 
+use std::future::Future as _;
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 
 use crate::noise::{MAX_FRAME, MAX_PLAINTEXT, NoiseError, Opener, Sealer, Session};
 
@@ -169,10 +170,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseStream<S> {
             }
             this.make_room();
             let old = this.read.len();
-            let mut room = ReadBuf::uninit(this.read.spare_capacity_mut());
-            let polled = Pin::new(&mut this.inner).poll_read(cx, &mut room);
-            let n = room.filled().len();
-            match polled {
+            // The future holds nothing but the two borrows, so it may be made anew for every poll.
+            let n = match pin!(this.inner.read_buf(&mut this.read)).poll(cx) {
                 Poll::Pending => {
                     if this.read.is_empty() {
                         this.read = Vec::new();
@@ -180,7 +179,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseStream<S> {
                     return Poll::Pending;
                 }
                 Poll::Ready(result) => result?,
-            }
+            };
             if n == 0 {
                 if old != 0 {
                     this.broken = true;
@@ -188,18 +187,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseStream<S> {
                 }
                 return Poll::Ready(Ok(()));
             }
-            set_filled(&mut this.read, old + n);
         }
     }
-}
-
-/// Declares bytes that a read has filled as part of the vector.
-#[allow(unsafe_code)]
-fn set_filled(bytes: &mut Vec<u8>, length: usize) {
-    debug_assert!(length <= bytes.capacity());
-    // SAFETY: the caller has just had `ReadBuf` (built on the spare capacity of this vector) report
-    // that the bytes up to `length` are filled, hence initialised and within the capacity.
-    unsafe { bytes.set_len(length) }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for NoiseStream<S> {
