@@ -15,12 +15,7 @@ use clap::{Parser, Subcommand};
 
 /// The whole command line.
 #[derive(Debug, Parser)]
-#[command(
-    name = "lacis",
-    version,
-    about = "Joins this machine to a mesh, and administers one",
-    disable_version_flag = true
-)]
+#[command(name = "lacis", version, about = "Joins this machine to a mesh, and administers one")]
 pub struct Arguments {
     /// Socket of the daemon
     #[arg(long, value_name = "PATH", default_value = lacis_wire::local::DEFAULT_SOCKET, env = "LACIS_SOCKET")]
@@ -72,6 +67,19 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
+/// An error with its causes, each told once: some name their cause themselves.
+pub fn one_line(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        if text.is_empty() {
+            cause
+        } else if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
+}
+
 /// Runs one command.
 pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     let daemon = node::Daemon::new(arguments.socket);
@@ -88,5 +96,23 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Whois(whois) => whois.run(&daemon).await,
         Command::Version(version) => version.run(&daemon).await,
         Command::Admin(admin) => admin.run().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let cause = std::io::Error::other("no file");
+        let text = anyhow::Error::new(cause).context("reading x: no file (try y)").context("starting");
+        assert_eq!(one_line(&text), "starting: reading x: no file (try y)");
     }
 }

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use lacis_cli::{Arguments, Failure, run};
+use lacis_cli::{Arguments, Failure, one_line, run};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Quiet) => ExitCode::FAILURE,
         Err(Failure::Error(error)) => {
-            eprintln!("lacis: {error:#}");
+            eprintln!("lacis: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }

@@ -228,10 +228,16 @@ fn settings(prefs: &Prefs) -> Vec<(&'static str, String)> {
 }
 
 fn exit_address(text: &str, status: &Status) -> anyhow::Result<String> {
-    if text.is_empty() || text.parse::<std::net::IpAddr>().is_ok() {
-        return Ok(text.to_owned());
+    if text.is_empty() {
+        return Ok(String::new());
     }
-    let Some((node, own)) = meant(status, text) else { bail!("no peer is called {text:?}") };
+    let Some((node, own)) = meant(status, text) else {
+        // Before this node has joined, nobody knows the addresses.
+        if status.peer.is_none() && text.parse::<std::net::IpAddr>().is_ok() {
+            return Ok(text.to_owned());
+        }
+        bail!("no peer is called {text:?}: see `lacis status`")
+    };
     if own {
         bail!("this node cannot be its own exit node");
     }

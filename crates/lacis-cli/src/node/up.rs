@@ -12,13 +12,15 @@ use http::Method;
 use http_body_util::BodyExt as _;
 use lacis_wire::local::{self, Notify, Prefs, StartOptions, State, Status};
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use zeroize::Zeroizing;
 
 use super::Daemon;
 use super::prefs::PrefFlags;
 use crate::{Failure, output};
 
+/// Whoever waits hears now and then why.
+const HINT: Duration = Duration::from_secs(10);
 /// Longer keys are none.
 const KEY_LIMIT: u64 = 4096;
 
@@ -28,7 +30,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "URL")]
     login_server: Option<String>,
     /// Auth key: file:PATH, or file:- for standard input
-    #[arg(long, value_name = "file:PATH", hide_env_values = true)]
+    #[arg(long, value_name = "file:PATH", alias = "authkey")]
     auth_key: Option<String>,
     #[command(flatten)]
     flags: PrefFlags,
@@ -69,12 +71,7 @@ impl Up {
     /// Says what it was that did not come.
     async fn late(&self, daemon: &Daemon) -> anyhow::Error {
         let waited = humantime::format_duration(self.timeout);
-        let Ok(status) = daemon.status(false).await else { return anyhow!("not connected after {waited}") };
-        let why = match (status.health.first(), status.auth_url.is_empty()) {
-            (_, false) => format!("somebody must sign in at {}", status.auth_url),
-            (Some(problem), _) => problem.clone(),
-            (None, _) => format!("the state is still {}", status.backend_state),
-        };
+        let Some(why) = missing(daemon).await else { return anyhow!("not connected after {waited}") };
         anyhow!("not connected after {waited}: {why} (lacisd goes on trying)")
     }
 
@@ -156,13 +153,27 @@ impl Up {
                 }
             }
         }
-        self.wait(bus).await
+        self.wait(daemon, bus).await
     }
 
-    async fn wait(&self, bus: http::Response<hyper::body::Incoming>) -> anyhow::Result<()> {
+    async fn wait(&self, daemon: &Daemon, bus: http::Response<hyper::body::Incoming>) -> anyhow::Result<()> {
         let mut body = bus.into_body();
         let mut pending = Vec::new();
-        while let Some(frame) = body.frame().await {
+        let mut hints = tokio::time::interval_at(Instant::now() + HINT, HINT);
+        let mut said = None;
+        loop {
+            let frame = tokio::select! {
+                frame = body.frame() => frame,
+                _ = hints.tick() => {
+                    let why = missing(daemon).await;
+                    if let Some(text) = why.as_ref().filter(|_| why != said) {
+                        eprintln!("Still waiting: {text}");
+                    }
+                    said = why;
+                    continue;
+                }
+            };
+            let Some(frame) = frame else { bail!("lacisd has ended") };
             let Ok(data) = frame.context("lacisd has ended")?.into_data() else { continue };
             pending.extend_from_slice(&data);
             while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
@@ -173,7 +184,6 @@ impl Up {
                 }
             }
         }
-        bail!("lacisd has ended")
     }
 
     /// True when all is done.
@@ -202,6 +212,16 @@ impl Up {
             _ => Ok(false),
         }
     }
+}
+
+/// What it is that does not come.
+async fn missing(daemon: &Daemon) -> Option<String> {
+    let status = daemon.status(false).await.ok()?;
+    Some(match (status.health.first(), status.auth_url.is_empty()) {
+        (_, false) => format!("somebody must sign in at {}", status.auth_url),
+        (Some(problem), _) => problem.clone(),
+        (None, _) => format!("the state is still {}", status.backend_state),
+    })
 }
 
 /// The command line as it would have to be.
@@ -240,9 +260,11 @@ fn read_key(text: &str) -> anyhow::Result<Zeroizing<String>> {
             key
         }
         Some(path) => {
-            let text = std::fs::read_to_string(Path::new(path))
+            let mut key = Zeroizing::new(String::new());
+            std::fs::File::open(Path::new(path))
+                .and_then(|file| file.take(KEY_LIMIT).read_to_string(&mut key))
                 .with_context(|| format!("reading the auth key from {path}"))?;
-            Zeroizing::new(text)
+            key
         }
         None => Zeroizing::new(text.to_owned()),
     };
