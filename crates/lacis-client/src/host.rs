@@ -79,6 +79,8 @@ pub struct Host {
     network: Network,
     resolver: OsResolver,
     applied: Option<HostState>,
+    /// What the resolver was told, with success.
+    told: Option<OsDns>,
 }
 
 impl Host {
@@ -89,7 +91,9 @@ impl Host {
     pub async fn new(options: HostOptions) -> Result<Self, HostError> {
         let resolver = OsResolver::detect(&options).await;
         tracing::info!(resolver = resolver.name(), "this host's resolver");
-        Ok(Self { network: Network::open(options)?, resolver, applied: None })
+        let mut network = Network::open(options)?;
+        network.revert().await;
+        Ok(Self { network, resolver, applied: None, told: None })
     }
 
     /// Makes the host look like this. Doing it twice changes nothing.
@@ -98,21 +102,25 @@ impl Host {
     /// When addresses, routes or rules cannot be set. Trouble with the resolver is a warning.
     pub async fn apply(&mut self, state: &HostState) -> Result<Report, HostError> {
         let mut report = self.network.apply(&state.addresses, &state.routes).await?;
-        let before = self.applied.as_ref().and_then(|applied| applied.dns.as_ref());
-        if before != state.dns.as_ref() {
-            let index = self.network.index().await?;
-            let done = match &state.dns {
-                Some(dns) => self.resolver.set(index, dns).await,
-                None => self.resolver.revert().await,
-            };
-            if let Err(error) = done {
-                let warning = format!("this host's resolver is not set up for the mesh: {error}");
-                tracing::warn!("{warning}");
-                report.warnings.push(warning);
-            }
+        if let Err(error) = self.tell_resolver(state.dns.as_ref()).await {
+            report.warnings.push(format!("this host's resolver is not set up for the mesh: {error}"));
         }
         self.applied = Some(state.clone());
         Ok(report)
+    }
+
+    async fn tell_resolver(&mut self, dns: Option<&OsDns>) -> Result<(), String> {
+        if self.told.as_ref() == dns {
+            return Ok(());
+        }
+        let index = self.network.index().await.map_err(|error| error.to_string())?;
+        let done = match dns {
+            Some(dns) => self.resolver.set(index, dns).await,
+            None => self.resolver.revert().await,
+        };
+        done.map_err(|error| error.to_string())?;
+        self.told = dns.cloned();
+        Ok(())
     }
 
     /// Puts back what other programs have changed meanwhile.
@@ -136,6 +144,7 @@ impl Host {
     /// Undoes everything. Goes on whatever fails: there is nobody left to ask.
     pub async fn revert(&mut self) {
         self.applied = None;
+        self.told = None;
         if let Err(error) = self.resolver.revert().await {
             tracing::warn!(%error, "this host's resolver is not as it was");
         }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use lacis_dns::{OsDns, QUAD100_V4, QUAD100_V6};
@@ -15,6 +15,8 @@ use super::resolver::ResolverError;
 /// By this line we know our own file again.
 const MARKER: &str = "# Written by lacisd. The file that was here before is put back when it stops.";
 const BACKUP: &str = "resolv.conf.before";
+/// Where the file was a link, a link with the same target.
+const LINK: &str = "resolv.conf.link-before";
 const MODE: u32 = 0o644;
 const DNS_PORT: u16 = 53;
 /// The C library reads no more.
@@ -26,12 +28,14 @@ const MOST_REPAIRS: u32 = 10;
 pub(super) struct Direct {
     path: PathBuf,
     backup: PathBuf,
+    link: PathBuf,
     repairs: u32,
 }
 
 impl Direct {
     pub(super) fn new(path: &Path, state_dir: &Path) -> Self {
-        Self { path: path.to_owned(), backup: state_dir.join(BACKUP), repairs: 0 }
+        let (backup, link) = (state_dir.join(BACKUP), state_dir.join(LINK));
+        Self { path: path.to_owned(), backup, link, repairs: 0 }
     }
 
     fn is_ours(&self) -> bool {
@@ -52,6 +56,10 @@ impl Direct {
         if !self.is_ours() {
             let failed =
                 |source| ResolverError::File { doing: format!("keeping {}", self.path.display()), source };
+            remove(&self.link).map_err(failed)?;
+            if let Ok(target) = fs::read_link(&self.path) {
+                symlink(target, &self.link).map_err(failed)?;
+            }
             match fs::read(&self.path) {
                 Ok(text) => fs::write(&self.backup, text).map_err(failed)?,
                 // There was none: reverting removes ours.
@@ -92,19 +100,35 @@ impl Direct {
         if !self.is_ours() {
             return Ok(());
         }
-        match fs::read(&self.backup) {
-            Ok(text) => {
-                self.write(&text)?;
-                remove(&self.backup).map_err(|source| ResolverError::File {
-                    doing: format!("removing {}", self.backup.display()),
-                    source,
-                })
+        let failed = |doing: &str, path: &Path| {
+            let doing = format!("{doing} {}", path.display());
+            move |source| ResolverError::File { doing, source }
+        };
+        let was_link = fs::read_link(&self.link).is_ok_and(|target| self.relink(&target).is_ok());
+        if !was_link {
+            match fs::read(&self.backup) {
+                Ok(text) => self.write(&text)?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    remove(&self.path).map_err(failed("removing", &self.path))?;
+                }
+                Err(error) => return Err(failed("reading", &self.backup)(error)),
             }
-            Err(_) => remove(&self.path).map_err(|source| ResolverError::File {
-                doing: format!("removing {}", self.path.display()),
-                source,
-            }),
         }
+        remove(&self.link).map_err(failed("removing", &self.link))?;
+        remove(&self.backup).map_err(failed("removing", &self.backup))
+    }
+
+    /// Makes the file the link again that it was.
+    fn relink(&self, target: &Path) -> io::Result<()> {
+        let new = self.new_file();
+        remove(&new)?;
+        symlink(target, &new)?;
+        fs::rename(&new, &self.path)
+    }
+
+    /// Where a file is made before it takes the place of the present one.
+    fn new_file(&self) -> PathBuf {
+        self.path.with_extension("conf.lacis")
     }
 
     pub(super) fn repair(&mut self, dns: &OsDns) {
@@ -120,7 +144,7 @@ impl Direct {
 
     /// Whole and at once; in place where the file is a mount of its own, as in containers.
     fn write(&self, text: &[u8]) -> Result<(), ResolverError> {
-        let new = self.path.with_extension("conf.lacis");
+        let new = self.new_file();
         let replaced = fs::write(&new, text)
             .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(MODE)))
             .and_then(|()| fs::rename(&new, &self.path));
@@ -199,6 +223,22 @@ mod tests {
         assert!(path.exists());
         direct.revert().unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_link_is_a_link_again_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, target) = (dir.path().join("resolv.conf"), dir.path().join("theirs"));
+        fs::write(&target, "nameserver 192.0.2.1\n").unwrap();
+        symlink("theirs", &path).unwrap();
+        let mut direct = Direct::new(&path, dir.path());
+        direct.set(&dns()).unwrap();
+        assert!(direct.is_ours());
+        assert_eq!(fs::read_to_string(&target).unwrap(), "nameserver 192.0.2.1\n", "theirs is not written");
+        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        direct.revert().unwrap();
+        assert_eq!(fs::read_link(&path).unwrap(), Path::new("theirs"));
+        assert!(!direct.link.exists() && !direct.backup.exists());
     }
 
     #[test]

@@ -264,9 +264,10 @@ impl Network {
                 RuleAttribute::FwMark(0) => {}
                 RuleAttribute::FwMark(_) => return None,
                 RuleAttribute::Table(table) => rule.table = Some(*table),
-                RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) | RuleAttribute::Source(_) => {
-                    return None;
-                }
+                RuleAttribute::Iifname(_)
+                | RuleAttribute::Oifname(_)
+                | RuleAttribute::Source(_)
+                | RuleAttribute::Destination(_) => return None,
                 _ => {}
             }
         }

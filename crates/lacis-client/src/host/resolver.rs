@@ -52,7 +52,10 @@ impl OsResolver {
                 }
             },
             "resolvconf" => match Resolvconf::find(&options.tun_name) {
-                Some(resolvconf) => Self::Resolvconf(resolvconf, direct),
+                Some(mut resolvconf) => {
+                    resolvconf.recover().await;
+                    Self::Resolvconf(resolvconf, direct)
+                }
                 None => Self::Direct(direct),
             },
             _ => Self::Direct(direct),
@@ -70,7 +73,7 @@ impl OsResolver {
     pub(super) async fn set(&mut self, index: u32, dns: &OsDns) -> Result<(), ResolverError> {
         match self {
             Self::Resolved(resolved) => resolved.set(index, dns).await,
-            Self::Resolvconf(resolvconf, _) => resolvconf.set(dns).await,
+            Self::Resolvconf(resolvconf, direct) => resolvconf.set(dns, direct.base_resolvers()).await,
             Self::Direct(direct) => direct.set(dns),
         }
     }
@@ -94,7 +97,8 @@ impl OsResolver {
         match self {
             // It keeps asking the others itself.
             Self::Resolved(_) => Vec::new(),
-            Self::Resolvconf(_, direct) | Self::Direct(direct) => direct.base_resolvers(),
+            Self::Resolvconf(resolvconf, direct) => resolvconf.base_resolvers(direct.base_resolvers()),
+            Self::Direct(direct) => direct.base_resolvers(),
         }
     }
 }
