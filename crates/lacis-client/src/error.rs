@@ -3,10 +3,21 @@
 use std::io;
 use std::path::PathBuf;
 
+fn way_out(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            " (run lacisd as root, or give it a directory of its own with --state-dir)"
+        }
+        io::ErrorKind::StorageFull => " (make room on that disk)",
+        io::ErrorKind::ReadOnlyFilesystem => " (choose a writable directory with --state-dir)",
+        _ => "",
+    }
+}
+
 /// What ends the daemon. Everything that can heal is retried instead.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{doing} {} failed: {source}", path.display())]
+    #[error("{doing} {} failed: {source}{}", path.display(), way_out(.source))]
     State { doing: &'static str, path: PathBuf, source: io::Error },
     #[error("another lacisd uses the state directory {} (one daemon for each --state-dir)", path.display())]
     StateInUse { path: PathBuf },
@@ -23,6 +34,19 @@ pub enum Error {
     Socket { path: PathBuf, source: io::Error },
     #[error("another lacisd listens on {} (stop it, or give this one another --socket)", path.display())]
     SocketInUse { path: PathBuf },
+    #[error("the network device is gone ({0}): did somebody delete it? Start lacisd again")]
+    TunLost(String),
+    #[error(
+        "the packet thread has ended, which is a fault of lacisd: start it again, and report what it said before"
+    )]
+    PacketThread,
+    #[error(
+        "the state directory {} has files of other programs in it: give lacisd a directory of its own with --state-dir",
+        path.display()
+    )]
+    StateDirShared { path: PathBuf },
+    #[error("{} is in the way of the local API's socket and is no socket: name another path with --socket", path.display())]
+    NoSocket { path: PathBuf },
     #[error("waiting for signals: {0}")]
     Signals(io::Error),
 }

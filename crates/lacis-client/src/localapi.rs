@@ -8,7 +8,7 @@ mod handlers;
 mod watch;
 
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use axum::Router;
@@ -51,7 +51,19 @@ struct MayWrite(bool);
 #[derive(Debug)]
 pub(crate) struct Socket {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
+}
+
+/// The socket's name in the file system, which nobody else removes.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::debug!(%error, path = %self.0.display(), "the socket is not removed");
+        }
+    }
 }
 
 impl Socket {
@@ -61,28 +73,30 @@ impl Socket {
         if UnixStream::connect(path).await.is_ok() {
             return Err(Error::SocketInUse { path: path.to_owned() });
         }
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        match std::fs::symlink_metadata(path) {
+            Ok(file) if file.file_type().is_socket() => std::fs::remove_file(path).map_err(failed)?,
+            // A wrong path must not cost anybody a file.
+            Ok(_) => return Err(Error::NoSocket { path: path.to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
         }
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(failed)?;
         }
         let listener = UnixListener::bind(path).map_err(failed)?;
+        let file = SocketFile(path.to_owned());
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener, file })
     }
 
     /// Serves until told to stop.
     pub(crate) async fn serve(self, engine: EngineHandle, stop: CancellationToken) {
         let service = router(engine, stop.clone()).into_make_service_with_connect_info::<Peer>();
-        let path = self.path;
+        // Removed when this ends, also when it is aborted.
+        let _file = self.file;
         let serving = axum::serve(self.listener, service).with_graceful_shutdown(stop.cancelled_owned());
         if let Err(error) = serving.await {
             tracing::error!(%error, "the local API has ended");
-        }
-        if let Err(error) = std::fs::remove_file(&path) {
-            tracing::debug!(%error, path = %path.display(), "the socket is not removed");
         }
     }
 }
@@ -186,6 +200,22 @@ fn user_id(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_socket_goes_with_its_owner_and_other_files_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        drop(Socket::bind(&path).await.unwrap());
+        assert!(!path.exists());
+        let first = Socket::bind(&path).await.unwrap();
+        let error = Socket::bind(&path).await.unwrap_err();
+        assert!(matches!(error, Error::SocketInUse { .. }), "{error}");
+        drop(first);
+        std::fs::write(&path, "somebody's").unwrap();
+        let error = Socket::bind(&path).await.unwrap_err();
+        assert!(matches!(error, Error::NoSocket { .. }), "{error}");
+        assert!(path.exists());
+    }
 
     #[test]
     fn an_operator_is_a_local_user_or_a_number() {

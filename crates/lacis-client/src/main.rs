@@ -36,8 +36,16 @@ const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_new(format!("boringtun=off,{}", arguments.log))
-        .unwrap_or_else(|_| EnvFilter::new("info,boringtun=off"));
+    let filter = match EnvFilter::try_new(format!("boringtun=off,{}", arguments.log)) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!(
+                "lacisd: --log {:?} is no filter: {error} (try info or lacis_client=debug)",
+                arguments.log
+            );
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
     let terminal = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
     // Two threads do: the packets have their own.
@@ -45,15 +53,22 @@ fn main() -> ExitCode {
     let result = match runtime {
         Ok(runtime) => runtime.block_on(serve(arguments)),
         Err(error) => {
-            tracing::error!(%error, "the runtime cannot start");
+            eprintln!("lacisd: the runtime cannot start: {error}");
             return ExitCode::FAILURE;
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error}");
-            let config = matches!(error, Error::StateDamaged { .. } | Error::StateInUse { .. });
+            // Not by the log, which can be filtered.
+            eprintln!("lacisd: {error}");
+            let config = matches!(
+                error,
+                Error::StateDamaged { .. }
+                    | Error::StateInUse { .. }
+                    | Error::StateDirShared { .. }
+                    | Error::NoSocket { .. }
+            );
             if config { ExitCode::from(EXIT_CONFIG) } else { ExitCode::FAILURE }
         }
     }
@@ -63,10 +78,12 @@ async fn serve(arguments: Arguments) -> Result<(), Error> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    // A terminal that is closed must not leave its host half changed.
+    let mut hangup = signal(SignalKind::hangup()).map_err(Error::Signals)?;
     tokio::spawn({
         let stop = stop.clone();
         async move {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {}, _ = hangup.recv() => {} }
             tracing::info!("stopping");
             notify(sd_notify::NotifyState::Stopping);
             stop.cancel();

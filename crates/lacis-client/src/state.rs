@@ -100,6 +100,11 @@ impl Saved {
     }
 }
 
+/// Does the directory have files, and none of them ours?
+fn is_shared(path: &Path) -> io::Result<bool> {
+    Ok(fs::read_dir(path)?.next().is_some() && !path.join(STATE).exists() && !path.join(LOCK).exists())
+}
+
 /// The state directory, locked as long as this lives.
 #[derive(Debug)]
 pub(crate) struct StateDir {
@@ -116,8 +121,16 @@ impl StateDir {
             .mode(0o700)
             .create(path)
             .map_err(|source| failed("making the state directory", source))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700))
-            .map_err(|source| failed("restricting the state directory to its owner", source))?;
+        let mode =
+            fs::metadata(path).map_err(|source| failed("reading the state directory", source))?.permissions();
+        if mode.mode() & 0o7777 != 0o700 {
+            // A slip such as `--state-dir /tmp` must not lock everybody else out of it.
+            if is_shared(path).map_err(|source| failed("reading the state directory", source))? {
+                return Err(Error::StateDirShared { path: path.to_owned() });
+            }
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+                .map_err(|source| failed("restricting the state directory to its owner", source))?;
+        }
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -226,6 +239,23 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&path), 0o700);
         assert_eq!(mode(&path.join(STATE)), 0o600);
+    }
+
+    #[test]
+    fn a_directory_of_others_is_refused_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |mode: u32| {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+            StateDir::open(dir.path()).map(drop)
+        };
+        fs::write(dir.path().join("theirs"), "").unwrap();
+        let error = open(0o755).unwrap_err();
+        assert!(matches!(error, Error::StateDirShared { .. }), "{error}");
+        assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o755);
+        fs::remove_file(dir.path().join("theirs")).unwrap();
+        open(0o755).unwrap();
+        assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o700);
+        open(0o755).unwrap();
     }
 
     #[test]
