@@ -35,8 +35,26 @@ const REPLY_BYTES: usize = 1 << 20;
 /// The longest pause between attempts, and what a busy server's advice may be at most.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(1);
+/// A session that lasted this long makes the next pauses short again; a server that ends each soon is spared.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 /// Events that may wait for the engine; the stream is read no further then.
 const EVENTS: usize = 16;
+
+/// A pre-auth key: not printed, and wiped when it is used up.
+#[derive(Clone)]
+pub(crate) struct AuthKey(Zeroizing<String>);
+
+impl AuthKey {
+    pub(crate) fn new(key: String) -> Self {
+        Self(Zeroizing::new(key))
+    }
+}
+
+impl std::fmt::Debug for AuthKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
 
 /// Who registers, and where.
 #[derive(Debug)]
@@ -46,7 +64,7 @@ pub(crate) struct ControlConfig {
     pub node_key: NodePrivateKey,
     pub old_node_key: Option<NodeKey>,
     pub lock_key: LockKey,
-    pub auth_key: Option<Zeroizing<String>>,
+    pub auth_key: Option<AuthKey>,
     /// As found the last time.
     pub server_key: Option<MachineKey>,
     pub server_address: Option<IpAddr>,
@@ -66,6 +84,19 @@ impl Announcement {
     /// The home region in it; 0 while there is none.
     pub(crate) fn home(&self) -> u16 {
         self.hostinfo.net_info.as_ref().map_or(0, |info| info.preferred_derp)
+    }
+
+    /// Is there something new for the server? Latencies alone are not: they differ each time they are measured, and
+    /// some servers tell every peer of every change.
+    fn differs_from(&self, told: &Self) -> bool {
+        if self == told {
+            return false;
+        }
+        let mut same_latencies = told.clone();
+        if let (Some(own), Some(info)) = (&self.hostinfo.net_info, &mut same_latencies.hostinfo.net_info) {
+            info.derp_latency.clone_from(&own.derp_latency);
+        }
+        *self != same_latencies
     }
 }
 
@@ -118,7 +149,7 @@ impl Control {
     /// Says this from now on.
     pub(crate) fn announce(&self, announcement: Announcement) {
         self.announce.send_if_modified(|old| {
-            let changed = *old != announcement;
+            let changed = announcement.differs_from(old);
             *old = announcement;
             changed
         });
@@ -239,7 +270,7 @@ fn register_request(config: &ControlConfig, hostinfo: Hostinfo, followup: String
             .auth_key
             .as_ref()
             .filter(|_| followup.is_empty())
-            .map(|key| RegisterAuth { auth_key: key.to_string() }),
+            .map(|key| RegisterAuth { auth_key: key.0.to_string() }),
         hostinfo: Some(hostinfo),
         followup,
         ..RegisterRequest::default()
@@ -293,13 +324,14 @@ impl Task {
         let mut pauses = Pauses::default();
         let mut known = self.config.server_key;
         loop {
+            let started = Instant::now();
             let mut had_map = false;
             let error = match self.session(&mut known, &mut had_map).await {
                 Err(Broken::Stopped | Broken::LoginEnded) => return,
                 Err(error) => error,
                 Ok(()) => Broken::Closed,
             };
-            if had_map {
+            if had_map && started.elapsed() >= STABLE_AFTER {
                 pauses = Pauses::default();
             }
             let hopeless = error.is_hopeless();
@@ -425,7 +457,12 @@ impl Task {
                     last_ping.clone_from(&request.url);
                     tokio::spawn(ping::answer(client.clone(), request));
                 }
-                *had_map = true;
+                if !*had_map && !frame.keep_alive {
+                    if frame.node.is_none() {
+                        return Err(garbage("it does not say who this node is".to_owned()));
+                    }
+                    *had_map = true;
+                }
                 self.tell(ControlEvent::Frame(Box::new(frame))).await?;
             }
         }
@@ -439,7 +476,7 @@ impl Task {
         let mut sent = if sent.home() == 0 { Some(sent) } else { None };
         loop {
             let current = changes.borrow_and_update().clone();
-            if sent.as_ref() != Some(&current) {
+            if sent.as_ref().is_none_or(|sent| current.differs_from(sent)) {
                 let reply = client.post("/machine/map", self.map_request(&current, false));
                 let reply = timeout(REPLY, reply).await.map_err(|_| Broken::Late(DOING))??;
                 successful(reply, DOING).await?;
@@ -448,5 +485,33 @@ impl Task {
             }
             changes.changed().await.map_err(|_| Broken::Stopped)?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacis_wire::control::NetInfo;
+
+    fn announcement(edit: impl FnOnce(&mut NetInfo)) -> Announcement {
+        let mut info = NetInfo { preferred_derp: 7, ..NetInfo::default() };
+        edit(&mut info);
+        let hostinfo = Hostinfo { net_info: Some(info), ..Hostinfo::default() };
+        Announcement { hostinfo, ..Announcement::default() }
+    }
+
+    #[test]
+    fn latencies_alone_are_no_news() {
+        let told = announcement(|_| {});
+        let measured = announcement(|info| info.derp_latency = [("7-v4".to_owned(), 0.01)].into());
+        assert!(!measured.differs_from(&told));
+        assert!(announcement(|info| info.preferred_derp = 8).differs_from(&told));
+        assert!(announcement(|info| info.working_udp = Some(true)).differs_from(&told));
+        assert!(Announcement::default().differs_from(&told));
+    }
+
+    #[test]
+    fn an_auth_key_is_not_printed() {
+        assert_eq!(format!("{:?}", AuthKey::new("secret".to_owned())), "[redacted]");
     }
 }

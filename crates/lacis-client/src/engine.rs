@@ -11,7 +11,7 @@ mod network;
 mod paths;
 mod status;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use lacis_dns::Resolver;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
-use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo};
+use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
 use lacis_wire::disco;
 use lacis_wire::key::NodeKey;
 use lacis_wire::local::{
@@ -28,7 +28,9 @@ use lacis_wire::local::{
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
 
+use crate::Error;
 use crate::bus::Bus;
 use crate::control::{Announcement, Control, ControlEvent};
 use crate::host_task::{HostNews, HostTask};
@@ -149,8 +151,8 @@ pub(crate) struct Parts {
 pub(crate) struct Engine {
     dir: Arc<StateDir>,
     saved: Saved,
-    /// As it is on disk.
-    on_disk: Vec<u8>,
+    /// As it is on disk. It has the keys.
+    on_disk: Zeroizing<Vec<u8>>,
     host_facts: Hostinfo,
     tunnel: Tunnel,
     relays: Relays,
@@ -175,7 +177,9 @@ pub(crate) struct Engine {
     session: Session,
     map: Option<NetMap>,
     map_unsaved: bool,
-    /// What the host was told last, and whether it did that.
+    /// Nodes whose keys had expired when it was looked last.
+    expired: Vec<NodeId>,
+    /// Whether the host is as it was told to be.
     host_ready: bool,
     host_trouble: Option<String>,
 
@@ -186,7 +190,7 @@ pub(crate) struct Engine {
     own_addresses: Vec<IpAddr>,
     announced_home: u16,
     /// What each region's relay complains of.
-    relay_trouble: HashMap<u16, String>,
+    relay_trouble: BTreeMap<u16, String>,
     boxes: disco::Boxes,
     pings: Pings,
 
@@ -229,38 +233,48 @@ impl Engine {
             netcheck: paths::NetcheckRuns::default(),
             own_addresses: Vec::new(),
             announced_home: 0,
-            relay_trouble: HashMap::new(),
+            relay_trouble: BTreeMap::new(),
+            expired: Vec::new(),
             pings: Pings::default(),
             state: State::NoState,
             was_ready: false,
         }
     }
 
-    /// Works until told to stop, then puts the host back.
-    pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) {
-        self.own_addresses = crate::interfaces::addresses().await;
+    /// Works until told to stop, or until the tunnel is lost.
+    pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) -> Result<(), Error> {
+        self.own_addresses = crate::interfaces::addresses().await.unwrap_or_default();
         self.begin();
         self.settle();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
+        let ended = loop {
             tokio::select! {
-                () = stop.cancelled() => break,
+                () = stop.cancelled() => break Ok(()),
                 Some(command) = inputs.commands.recv() => self.command(command),
                 event = next_event(&mut self.control) => self.control_event(event),
                 Some(news) = inputs.relay_news.recv() => self.relay_news(news),
-                Some(datagram) = inputs.udp.recv() => self.datagram(&datagram),
-                Some(event) = inputs.events.recv() => self.tunnel_event(event),
+                Some(datagram) = inputs.udp.recv() => {
+                    // Answers go to those who wait for them. Nothing follows from it here, and anybody can send one.
+                    self.datagram(&datagram);
+                    continue;
+                }
+                event = inputs.events.recv() => match event {
+                    Some(Event::TunLost { error }) => break Err(Error::TunLost(error)),
+                    Some(event) => self.tunnel_event(event),
+                    None => break Err(Error::PacketThread),
+                },
                 Some((report, whole)) = self.report_inbox.recv() => self.measured(report, whole),
                 Some(news) = inputs.host_news.recv() => self.host_news(news),
                 _ = tick.tick() => self.tick().await,
             }
             self.settle();
-        }
+        };
         self.control = None;
         self.relays.set_identity(None);
         self.save_map();
         self.save();
+        ended
     }
 
     /// What was there before the restart goes on: peers are talked to before the control server answers.
@@ -319,10 +333,24 @@ impl Engine {
         match news {
             HostNews::Applied { warnings } => {
                 self.host_ready = true;
-                self.host_trouble = warnings.into_iter().next();
+                let trouble = warnings.into_iter().next();
+                if trouble != self.host_trouble {
+                    match &trouble {
+                        Some(trouble) => tracing::warn!("{trouble}; trying again"),
+                        None => tracing::info!("this host is set up for the mesh now"),
+                    }
+                    self.host_trouble = trouble;
+                }
+            }
+            HostNews::Reverted => {
+                self.host_ready = false;
+                self.host_trouble = None;
             }
             HostNews::Failed(error) => {
-                tracing::error!(%error, "this host cannot be set up for the mesh");
+                if self.host_trouble.as_ref() != Some(&error) {
+                    tracing::error!(%error, "this host cannot be set up for the mesh; trying again");
+                    self.publish(Notify { err_message: Some(error.clone()), ..Notify::default() });
+                }
                 self.host_trouble = Some(error);
             }
             HostNews::BaseResolvers => self.apply_dns(),
@@ -331,17 +359,24 @@ impl Engine {
 
     async fn tick(&mut self) {
         self.relays.close_idle();
+        let Self { relay_trouble, relays, .. } = self;
+        relay_trouble.retain(|region, _| relays.is_open(*region));
         self.pings.forget_abandoned();
+        self.follow_expiry();
         self.save_map();
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
         }
         if self.is_on() {
             let addresses = crate::interfaces::addresses().await;
-            if addresses != self.own_addresses {
+            if let Some(addresses) = addresses.filter(|addresses| *addresses != self.own_addresses) {
                 tracing::info!("this host's addresses have changed");
+                // Connections from an address that stays go on.
+                if self.own_addresses.iter().any(|old| !addresses.contains(old)) {
+                    self.saved.endpoints.clear();
+                    self.relays.redial();
+                }
                 self.own_addresses = addresses;
-                self.relays.redial();
                 self.measure(true);
             }
             self.measure_if_due();
@@ -398,8 +433,8 @@ impl Engine {
     }
 }
 
-fn encoded(saved: &Saved) -> Vec<u8> {
-    lacis_wire::control::to_json(saved)
+fn encoded(saved: &Saved) -> Zeroizing<Vec<u8>> {
+    Zeroizing::new(lacis_wire::control::to_json(saved))
 }
 
 async fn next_event(control: &mut Option<Control>) -> Option<ControlEvent> {

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
 
 use crate::host::{Host, HostState};
 
@@ -14,9 +15,11 @@ const REPAIR: Duration = Duration::from_secs(10);
 /// What the engine hears.
 #[derive(Debug)]
 pub(crate) enum HostNews {
-    Applied {
-        warnings: Vec<String>,
-    },
+    /// It looks as was wished.
+    Applied { warnings: Vec<String> },
+    /// It looks as if we were not there.
+    Reverted,
+    /// It does not yet; it is tried again.
     Failed(String),
     /// The resolvers that the host had without us are known, or others.
     BaseResolvers,
@@ -59,10 +62,13 @@ async fn run(
     news: mpsc::Sender<HostNews>,
 ) {
     let mut repair = tokio::time::interval(REPAIR);
+    repair.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Something did not work: it may at the next try.
+    let mut again = false;
     loop {
         tokio::select! {
             changed = wishes.changed() => if changed.is_err() { break },
-            _ = repair.tick() => {
+            _ = repair.tick() => if !again {
                 host.repair().await;
                 continue;
             }
@@ -75,8 +81,12 @@ async fn run(
             },
             None => {
                 host.revert().await;
-                HostNews::Applied { warnings: Vec::new() }
+                HostNews::Reverted
             }
+        };
+        again = match &heard {
+            HostNews::Applied { warnings } => !warnings.is_empty(),
+            other => matches!(other, HostNews::Failed(_)),
         };
         let resolvers = host.base_resolvers();
         let changed = base.send_if_modified(|old| {

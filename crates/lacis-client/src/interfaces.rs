@@ -15,7 +15,7 @@ const PER_V6_SUBNET: usize = 2;
 
 /// Addresses of all interfaces, as far as they can be endpoints: not those of the mesh, not link-local, loopback
 /// only if there is nothing else. None where netlink does not tell.
-pub(crate) async fn addresses() -> Vec<IpAddr> {
+pub(crate) async fn addresses() -> Option<Vec<IpAddr>> {
     let connection = match rtnetlink::new_connection() {
         Ok((connection, handle, _)) => Ok((AbortOnDropHandle::new(tokio::spawn(connection)), handle)),
         Err(error) => Err(error.to_string()),
@@ -28,10 +28,10 @@ pub(crate) async fn addresses() -> Vec<IpAddr> {
         Err(error) => Err(error),
     };
     match messages {
-        Ok(messages) => usable(messages.iter().filter_map(address).collect()),
+        Ok(messages) => Some(usable(messages.iter().filter_map(address).collect())),
         Err(error) => {
             tracing::warn!(%error, "this host's addresses cannot be read");
-            Vec::new()
+            None
         }
     }
 }

@@ -22,6 +22,8 @@ use tokio::sync::mpsc;
 
 /// A connection that is not home and unused for this long is closed.
 const IDLE: Duration = Duration::from_mins(1);
+/// Places for news that disco messages leave to other events.
+const KEPT_FOR_EVENTS: usize = 64;
 /// Batches taken from the tunnel at once.
 const CARRY: usize = 64;
 
@@ -54,10 +56,18 @@ struct State {
     regions: BTreeMap<RegionId, RelayRegion>,
     clients: HashMap<RegionId, RelayClient>,
     home: RegionId,
-    /// Where peers say they are.
+    /// The peers, and where they say they are; 0 for nowhere.
     homes: HashMap<NodeKey, RegionId>,
     /// Where peers were heard.
     heard: HashMap<NodeKey, RegionId>,
+}
+
+impl State {
+    /// The region through which a peer is reached.
+    fn region_of(&self, key: &NodeKey) -> Option<RegionId> {
+        let home = self.homes.get(key).filter(|region| self.regions.contains_key(region));
+        home.or_else(|| self.heard.get(key)).copied()
+    }
 }
 
 impl std::fmt::Debug for Relays {
@@ -128,11 +138,16 @@ impl Relays {
         self.state().home
     }
 
-    /// Where the peers say they are.
+    /// Who the peers are and where they say they are; 0 for nowhere.
     pub(crate) fn set_peers(&self, homes: HashMap<NodeKey, RegionId>) {
         let mut state = self.state();
         state.heard.retain(|key, _| homes.contains_key(key));
         state.homes = homes;
+    }
+
+    /// Is there a connection to this region, or one that is being made?
+    pub(crate) fn is_open(&self, region: RegionId) -> bool {
+        self.state().clients.contains_key(&region)
     }
 
     pub(crate) fn is_connected(&self, region: RegionId) -> bool {
@@ -162,8 +177,7 @@ impl Relays {
     /// tokio runtime. False when no relay is known for it.
     pub(crate) fn send(&self, key: &NodeKey, frames: Bytes) -> bool {
         let mut state = self.state();
-        let region = state.homes.get(key).copied().filter(|region| state.regions.contains_key(region));
-        let Some(region) = region.or_else(|| state.heard.get(key).copied()) else { return false };
+        let Some(region) = state.region_of(key) else { return false };
         self.open(&mut state, region);
         let Some(client) = state.clients.get(&region) else { return false };
         client.send(frames);
@@ -178,8 +192,7 @@ impl Relays {
         packet: &[u8],
     ) -> Option<RegionId> {
         let mut state = self.state();
-        let region =
-            region.or_else(|| state.homes.get(key).copied()).or_else(|| state.heard.get(key).copied())?;
+        let region = region.or_else(|| state.region_of(key))?;
         self.open(&mut state, region);
         state.clients.get(&region)?.send_packet(key, packet);
         Some(region)
@@ -242,7 +255,8 @@ impl RelayHandler for Handler {
                 let is_disco = disco::looks_like(data);
                 if is_disco {
                     let news = RelayNews::Disco { region, from: *from, data: data.clone() };
-                    if inner.news.try_send(news).is_err() {
+                    // A flood of these must not push out what the relays themselves have to say.
+                    if inner.news.capacity() < KEPT_FOR_EVENTS || inner.news.try_send(news).is_err() {
                         tracing::debug!("too many disco messages: one is dropped");
                     }
                 }

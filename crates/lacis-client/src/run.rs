@@ -83,14 +83,16 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     let api = tokio::spawn(socket.serve(handle, stop.clone()));
     tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
     ready();
-    engine.run(inputs, stop).await;
+    let ended = engine.run(inputs, stop.clone()).await;
+    // Whatever ended it: everything else ends too.
+    stop.cancel();
     // The engine held the host's handle: the host is put back now.
     if let Err(error) = host_end.await {
         tracing::error!(%error, "this host may not be as it was before");
     }
     tunnel.shutdown();
     api.abort();
-    Ok(())
+    ended
 }
 
 /// Can this process set SO_MARK?

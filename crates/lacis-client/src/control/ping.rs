@@ -8,22 +8,28 @@ use base64::engine::general_purpose::STANDARD;
 use http::Method;
 use lacis_wire::control::PingRequest;
 use lacis_wire::io::ControlClient;
+use tokio::time::{Duration, timeout};
 
 const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\r\nunknown c2n request\n";
+
+/// An answer that takes longer is of no use to the server.
+const LIMIT: Duration = Duration::from_secs(15);
 
 pub(super) async fn answer(client: ControlClient, request: PingRequest) {
     let Ok(url) = request.url.parse::<http::Uri>() else { return };
     let path = url.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let sent = match request.types.as_str() {
-        "" if request.url_is_noise => client.request(Method::HEAD, path, "").await,
-        "c2n" => client.post(path, reply(&request.payload)).await,
+        "" if request.url_is_noise => timeout(LIMIT, client.request(Method::HEAD, path, "")).await,
+        "c2n" => timeout(LIMIT, client.post(path, reply(&request.payload))).await,
         other => {
             tracing::debug!(types = other, "a ping of the control server is not answered");
             return;
         }
     };
-    if let Err(error) = sent {
-        tracing::debug!(%error, "the answer to a ping of the control server was not sent");
+    match sent {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "the answer to a ping of the control server was not sent"),
+        Err(_) => tracing::debug!("the control server does not take the answer to its ping"),
     }
 }
 

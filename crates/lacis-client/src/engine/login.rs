@@ -7,15 +7,16 @@ use lacis_wire::local::{MaskedPrefs, Notify, Prefs, StartOptions, State};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 use tokio::time::{Duration, Instant};
-use zeroize::Zeroizing;
 
 use super::Engine;
-use crate::control::{self, Control, ControlConfig, ControlEvent};
+use crate::control::{self, AuthKey, Control, ControlConfig, ControlEvent};
 use crate::hostinfo;
 use crate::netmap::{Session, is_expired};
 
 /// A server that refuses a node it knew is asked again after this.
 const RETRY_REFUSED: Duration = Duration::from_secs(30);
+/// Whoever logs in is told after this that the control server is out of reach; it may be the wrong URL.
+const LOGIN_PATIENCE: Duration = Duration::from_secs(5);
 /// A name in DNS.
 const HOSTNAME: usize = 253;
 const LABEL: usize = 63;
@@ -23,9 +24,12 @@ const LABEL: usize = 63;
 /// A login that is under way.
 #[derive(Debug)]
 pub(super) struct Login {
-    auth_key: Option<Zeroizing<String>>,
+    auth_key: Option<AuthKey>,
     /// The key it is for is new, and replaces the one in use only when the server agrees.
     new_key: bool,
+    began: Instant,
+    /// Whoever waits for it was told that the server is out of reach.
+    complained: bool,
 }
 
 /// Refuses preferences that cannot work.
@@ -110,8 +114,9 @@ impl Engine {
         }
         let turned_on = prefs.want_running && change.0.get("WantRunningSet").is_some();
         self.set_prefs(prefs);
-        if turned_on && self.state == State::Running {
-            // Who turns it on waits to hear of it, even if it is on already.
+        if turned_on {
+            self.retry_at = None;
+            // Who turns it on waits to hear of it, even if it is on already or waits for an administrator.
             self.publish(Notify { state: Some(self.state), ..Notify::default() });
         }
         Ok(self.visible_prefs())
@@ -131,11 +136,10 @@ impl Engine {
         self.retry_at = None;
         if !options.auth_key.is_empty() {
             let new_key = self.saved.node_key.is_none();
-            self.login(Some(Zeroizing::new(options.auth_key)), new_key);
+            self.login(Some(AuthKey::new(options.auth_key)), new_key);
         } else if self.saved.node_key.is_some() {
-            // Ask the server again; it may want more than before.
-            self.saved.prefs.logged_out = false;
-            self.control = None;
+            // Ask the server again: it may want more than before, or a new key in place of an expired one.
+            self.login(None, false);
         }
         Ok(())
     }
@@ -154,13 +158,15 @@ impl Engine {
         self.login(auth_key, true);
     }
 
-    fn login(&mut self, auth_key: Option<Zeroizing<String>>, new_key: bool) {
+    fn login(&mut self, auth_key: Option<AuthKey>, new_key: bool) {
         if new_key && self.saved.pending_key.is_none() {
             self.saved.pending_key = Some(NodePrivateKey::generate());
         }
         self.saved.prefs.want_running = true;
+        self.saved.prefs.logged_out = false;
         self.auth_url = None;
-        self.login = Some(Login { auth_key, new_key });
+        self.retry_at = None;
+        self.login = Some(Login { auth_key, new_key, began: Instant::now(), complained: false });
         self.control = None;
     }
 
@@ -200,6 +206,7 @@ impl Engine {
             && let Some(key) = self.control_key()
         {
             self.streaming = false;
+            self.announced_home = 0;
             self.control = Some(Control::start(self.control_config(key), self.announcement()));
         }
         self.follow_network();
@@ -233,15 +240,35 @@ impl Engine {
             ControlEvent::Trouble { error, hopeless } => {
                 self.streaming = false;
                 self.announced_home = 0;
-                if hopeless && self.trouble.as_ref() != Some(&error) {
-                    self.publish(Notify { err_message: Some(error.clone()), ..Notify::default() });
-                }
-                if self.trouble.as_ref() != Some(&error) {
+                let is_new = self.trouble.as_ref() != Some(&error);
+                if is_new {
                     tracing::warn!(%error, "no control session; trying again");
+                }
+                if hopeless && is_new {
+                    self.publish(Notify { err_message: Some(error.clone()), ..Notify::default() });
+                } else {
+                    self.login_delayed(&error);
                 }
                 self.trouble = Some(error);
             }
         }
+    }
+
+    /// The control server is out of reach during a login.
+    fn login_delayed(&mut self, error: &str) {
+        let Some(login) = &mut self.login else { return };
+        if login.complained || login.began.elapsed() < LOGIN_PATIENCE {
+            return;
+        }
+        let expired = self.map.as_ref().is_none_or(|map| is_expired(&map.node, OffsetDateTime::now_utc()));
+        if !login.new_key && !expired {
+            // This node is logged in, and goes on by what it knows. The session brings the rest when it can.
+            self.login = None;
+            return;
+        }
+        login.complained = true;
+        let text = format!("{error} (lacisd goes on trying)");
+        self.publish(Notify { err_message: Some(text), ..Notify::default() });
     }
 
     fn registered(&mut self, reply: &RegisterResponse) {
@@ -270,6 +297,7 @@ impl Engine {
         let text = format!("the control server refuses this node: {reason}");
         tracing::warn!(error = %text);
         self.control = None;
+        self.auth_url = None;
         self.publish(Notify { err_message: Some(text.clone()), ..Notify::default() });
         self.trouble = Some(text);
         if self.login.take().is_none() {
@@ -301,6 +329,7 @@ impl Engine {
         if let Some(key) = self.saved.node_key.clone() {
             let mut config = self.control_config(key);
             config.old_node_key = None;
+            config.auth_key = None;
             let facts = hostinfo::with_prefs(&self.host_facts, &self.saved.prefs);
             tokio::spawn(async move {
                 let told = control::logout(config, facts).await;
@@ -318,8 +347,15 @@ impl Engine {
         self.trouble = None;
         self.leave();
         self.saved.forget_login();
-        self.saved.prefs.logged_out = true;
-        self.saved.prefs.want_running = false;
+        // Another login is another node: it begins with the settings of one. Where the network is, and who may log in
+        // to it, stays true of the host.
+        self.saved.prefs = Prefs {
+            control_url: std::mem::take(&mut self.saved.prefs.control_url),
+            operator_user: std::mem::take(&mut self.saved.prefs.operator_user),
+            logged_out: true,
+            ..Prefs::default()
+        };
+        self.publish(Notify { prefs: Some(self.visible_prefs()), ..Notify::default() });
     }
 
     /// Out of the network, for good.
@@ -330,6 +366,9 @@ impl Engine {
         self.map_unsaved = false;
         self.announced_home = 0;
         self.was_ready = false;
+        // Regions of another network are others, whatever their numbers.
+        self.relays.set_home(0);
+        self.fail_netchecks("this node has left its network");
         self.dir.remove_netmap();
     }
 
@@ -368,7 +407,8 @@ impl Engine {
     /// Can peers reach this node, and do they know how?
     fn is_ready(&self) -> bool {
         let home = self.relays.home();
-        let told = self.session.map().is_none() || self.announced_home == home;
+        // From the cache peers are reached at once; so they are while nobody is there to be told.
+        let told = self.announced_home == home || self.session.map().is_none() || self.trouble.is_some();
         self.login.is_none() && self.host_ready && home != 0 && told && self.relays.is_connected(home)
     }
 

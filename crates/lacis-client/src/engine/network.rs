@@ -110,6 +110,19 @@ impl Engine {
         self.apply(Changes::ALL);
     }
 
+    /// Time passes while the server says nothing: nodes whose keys have expired since are peers no more.
+    pub(super) fn follow_expiry(&mut self) {
+        let Some(map) = &self.map else { return };
+        let now = OffsetDateTime::now_utc();
+        let peers = map.peers.values().filter(|node| is_expired(node, now + self.session.clock_offset));
+        let own = std::iter::once(&map.node).filter(|node| is_expired(node, now));
+        let expired: Vec<_> = own.chain(peers).map(|node| node.id).collect();
+        if expired != self.expired {
+            self.expired = expired;
+            self.apply(Changes { peers: true, ..Changes::default() });
+        }
+    }
+
     /// Enters or leaves the network, as the user wishes.
     pub(super) fn follow_network(&mut self) {
         let on = self.is_on() && self.map.is_some();
@@ -173,8 +186,7 @@ impl Engine {
         let Some(map) = &self.map else { return };
         let now = OffsetDateTime::now_utc() + self.session.clock_offset;
         let live = || map.peers.values().filter(|node| !is_expired(node, now) && !node.key.is_zero());
-        let homes: HashMap<NodeKey, u16> =
-            live().filter(|node| node.home_derp != 0).map(|node| (node.key, node.home_derp)).collect();
+        let homes: HashMap<NodeKey, u16> = live().map(|node| (node.key, node.home_derp)).collect();
         self.relays.set_peers(homes);
         let config = |node: &Arc<Node>| PeerConfig {
             key: node.key,

@@ -17,6 +17,7 @@ use lacis_wire::{derp, stun};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::network::accepted_ips;
 use super::{Engine, PingKind};
 use crate::interfaces;
 use crate::netcheck::{self, choose_home};
@@ -170,6 +171,7 @@ impl Engine {
 
     pub(super) fn measured(&mut self, mut report: NetcheckReport, whole: bool) {
         self.netcheck.running = false;
+        let again = std::mem::take(&mut self.netcheck.again);
         let chance = f64::from(derp::random_nonce()[0]) / 255.0;
         self.netcheck.next = Some(Instant::now() + MEASURE_EVERY + MEASURE_SPREAD.mul_f64(chance));
         let Some(map) = &self.map else { return };
@@ -186,11 +188,23 @@ impl Engine {
             for reply in self.netcheck.waiting.drain(..) {
                 let _ = reply.send(Ok(Netcheck { report: report.clone(), derp_map: derp_map.clone() }));
             }
-            self.saved.endpoints = netcheck::reflexive(&report);
+            let seen = netcheck::reflexive(&report);
+            // Without an answer the last ones may still be true: servers are away more often than addresses change.
+            if !seen.is_empty() {
+                self.saved.endpoints = seen;
+            }
             self.report = report;
         }
-        if std::mem::take(&mut self.netcheck.again) || !whole {
+        if again || !whole {
             self.measure(true);
+        }
+    }
+
+    /// Whoever waits for a measurement gets none.
+    pub(super) fn fail_netchecks(&mut self, why: &str) {
+        for reply in self.netcheck.waiting.drain(..) {
+            // Gone meanwhile: nobody to tell.
+            let _ = reply.send(Err(why.to_owned()));
         }
     }
 
@@ -287,10 +301,6 @@ impl Engine {
             Event::PortTaken { wanted, v4, v6 } => {
                 tracing::warn!(wanted, v4, v6, "the UDP port is in use by another program; using others");
             }
-            Event::TunLost { error } => {
-                tracing::error!(%error, "the TUN device is gone: restart lacisd");
-                self.host_trouble = Some(format!("the TUN device is gone ({error}): restart lacisd"));
-            }
             Event::Rejected { key, reject } => {
                 let peer = self.map.as_ref().and_then(|map| map.by_key(&key)).map(|node| node.name.clone());
                 tracing::debug!(peer, ?reject, "a peer refused a packet");
@@ -307,8 +317,16 @@ impl Engine {
             let _ = reply.send(result);
         };
         let node = self.map.as_ref().and_then(|map| {
-            let route = |node: &&std::sync::Arc<Node>| node.allowed_ips().iter().any(|net| net.contains(&ip));
-            map.by_address(ip).or_else(|| map.peers.values().find(route)).cloned()
+            // The router whose accepted prefix fits best: the way that a packet would take.
+            let fit = |node: &std::sync::Arc<Node>| {
+                let nets = accepted_ips(node, &self.saved.prefs).into_iter();
+                nets.filter(|net| net.contains(&ip)).map(|net| net.prefix_len()).max()
+            };
+            let router = || {
+                let routers = map.peers.values().filter_map(|node| Some((fit(node)?, node)));
+                routers.max_by_key(|(length, _)| *length).map(|(_, node)| node)
+            };
+            map.by_address(ip).or_else(router).cloned()
         });
         let Some(node) = node.filter(|_| self.netcheck.is_on()) else {
             return refuse(result, "no matching peer".to_owned(), reply);
