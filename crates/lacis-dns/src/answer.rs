@@ -72,8 +72,8 @@ pub(crate) fn decide(state: &DnsState, query: &Message) -> Decision {
         let mut message = failed(query, ResponseCode::NXDomain);
         message.metadata.authoritative = true;
         // The zone itself exists, and so does everything above a known name.
-        let below = |host: &String| crate::state::in_zone(host, &name);
-        if name == zone || state.hosts.keys().any(below) {
+        let mut known = state.hosts.keys().chain(state.extra_records.iter().map(|(name, _)| name));
+        if name == zone || known.any(|known| crate::state::in_zone(known, &name)) {
             message.metadata.response_code = ResponseCode::NoError;
         }
         add_soa(&mut message, zone);
@@ -108,15 +108,10 @@ fn addressed(state: &DnsState, query: &Message, question: &Query, addresses: &[I
         message.metadata.response_code = ResponseCode::NotImp;
         return message;
     }
-    for ip in addresses {
+    for ip in addresses.iter().filter(|ip| is_of_use(state, **ip)) {
         let data = match ip {
-            IpAddr::V4(ip) if matches!(kind, RecordType::A | RecordType::ANY) && reachable(state, *ip) => {
-                RData::A(A(*ip))
-            }
-            // Of the mesh's addresses only families that this node has itself are of use to it.
-            IpAddr::V6(ip) if matches!(kind, RecordType::AAAA | RecordType::ANY) && state.has_ipv6 => {
-                RData::AAAA(AAAA(*ip))
-            }
+            IpAddr::V4(ip) if matches!(kind, RecordType::A | RecordType::ANY) => RData::A(A(*ip)),
+            IpAddr::V6(ip) if matches!(kind, RecordType::AAAA | RecordType::ANY) => RData::AAAA(AAAA(*ip)),
             _ => continue,
         };
         message.add_answer(Record::from_rdata(question.name.clone(), TTL, data));
@@ -129,9 +124,10 @@ fn addressed(state: &DnsState, query: &Message, question: &Query, addresses: &[I
     message
 }
 
-fn reachable(state: &DnsState, ip: Ipv4Addr) -> bool {
-    let of_the_mesh = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64;
-    state.has_ipv4 || !of_the_mesh
+/// Of the mesh's addresses only families that this node has itself are of use to it.
+fn is_of_use(state: &DnsState, ip: IpAddr) -> bool {
+    let has_family = if ip.is_ipv4() { state.has_ipv4 } else { state.has_ipv6 };
+    has_family || !crate::state::is_mesh(ip)
 }
 
 fn add_soa(message: &mut Message, zone: &str) {
@@ -186,7 +182,10 @@ mod tests {
                 "64.100.in-addr.arpa".into(),
                 "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".into(),
             ],
-            extra_records: vec![("printer.lab.example".into(), "10.0.0.9".parse().unwrap())],
+            extra_records: vec![
+                ("printer.lab.example".into(), "10.0.0.9".parse().unwrap()),
+                ("web.things.lab.example".into(), "10.0.0.8".parse().unwrap()),
+            ],
             has_ipv4: true,
             has_ipv6: true,
             ..DnsState::default()
@@ -222,6 +221,9 @@ mod tests {
         assert!(message.answers.is_empty());
         assert_eq!(message.metadata.response_code, ResponseCode::NoError);
         assert_eq!(message.authorities.len(), 1, "with the SOA, so that the absence may be remembered");
+        let outside = ("six.lab.example".to_owned(), "2001:db8::6".parse().unwrap());
+        let state = DnsState { extra_records: vec![outside], ..state };
+        assert_eq!(texts(&ask(&state, "six.lab.example.", RecordType::AAAA)), ["2001:db8::6"]);
     }
 
     #[test]
@@ -241,7 +243,7 @@ mod tests {
             ask(&state(), "eve.lab.example.", RecordType::A).metadata.response_code,
             ResponseCode::NXDomain
         );
-        for name in ["lab.example.", "sub.lab.example."] {
+        for name in ["lab.example.", "sub.lab.example.", "things.lab.example."] {
             assert_eq!(
                 ask(&state(), name, RecordType::A).metadata.response_code,
                 ResponseCode::NoError,

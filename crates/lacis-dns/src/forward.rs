@@ -5,18 +5,22 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::op::ResponseCode;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::state::is_mesh;
+
 /// A whole question, everything included.
 const TOTAL: Duration = Duration::from_secs(10);
 /// Without an answer by UDP after this, TCP is tried too: something on the way may drop the one.
 const UDP_PATIENCE: Duration = Duration::from_secs(2);
 const TCP_LIMIT: Duration = Duration::from_secs(5);
+/// A message's fixed part.
+const HEADER: usize = 12;
 /// The largest answer by UDP that is taken.
 const UDP_ANSWER: usize = 4096;
 
@@ -76,9 +80,18 @@ async fn one(query: &[u8], tcp: bool, to: SocketAddr, fwmark: Option<u32>) -> io
         sleep(UDP_PATIENCE).await;
         by_tcp(query, to, fwmark).await
     };
+    let udp = by_udp(query, to, fwmark);
+    tokio::pin!(udp, patient);
     tokio::select! {
-        answer = by_udp(query, to, fwmark) => answer,
-        answer = patient => answer,
+        answer = &mut udp => answer,
+        answer = &mut patient => match answer {
+            Ok(answer) => Ok(answer),
+            // Many resolvers of homes have no TCP: a slow answer may still come.
+            Err(error) => {
+                tracing::debug!(%to, %error, "no answer by TCP");
+                udp.await
+            }
+        },
     }
 }
 
@@ -86,17 +99,10 @@ fn socket(to: SocketAddr, kind: Type, protocol: Protocol, fwmark: Option<u32>) -
     let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
     // A resolver that is reached through the mesh must not be kept out of it.
-    if let Some(mark) = fwmark.filter(|_| !to.ip().is_loopback() && !is_mesh(to)) {
+    if let Some(mark) = fwmark.filter(|_| !to.ip().is_loopback() && !is_mesh(to.ip())) {
         socket.set_mark(mark)?;
     }
     Ok(socket)
-}
-
-fn is_mesh(to: SocketAddr) -> bool {
-    match to {
-        SocketAddr::V4(v4) => v4.ip().octets()[0] == 100 && v4.ip().octets()[1] & 0xc0 == 64,
-        SocketAddr::V6(v6) => v6.ip().segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
-    }
 }
 
 async fn by_udp(query: &[u8], to: SocketAddr, fwmark: Option<u32>) -> io::Result<Vec<u8>> {
@@ -113,6 +119,10 @@ async fn by_udp(query: &[u8], to: SocketAddr, fwmark: Option<u32>) -> io::Result
     loop {
         let length = socket.recv(&mut buffer).await?;
         let answer = &buffer[..length];
+        if length == buffer.len() && id_of(answer) == id {
+            // Longer than what is taken, and so cut by the kernel.
+            return by_tcp(query, to, fwmark).await;
+        }
         if answers(query, answer, id) {
             return Ok(with_id(answer, id_of(query)));
         }
@@ -155,20 +165,81 @@ fn with_id(message: &[u8], id: u16) -> Vec<u8> {
     copy
 }
 
-/// Is this an answer to that question? The id alone can be guessed.
+/// Is this an answer to that question? The id alone can be guessed. Only header and question are read: what is in the
+/// records is the asker's matter.
 fn answers(query: &[u8], answer: &[u8], id: u16) -> bool {
-    if answer.len() < 12 || id_of(answer) != id || answer[2] & 0x80 == 0 {
+    if answer.len() < HEADER || id_of(answer) != id || answer[2] & 0x80 == 0 {
         return false;
     }
-    let (Ok(query), Ok(answered)) = (Message::from_vec(query), Message::from_vec(answer)) else {
-        return false;
-    };
-    // Some servers leave the question out of an error.
-    answered.queries.is_empty() && answered.metadata.response_code != ResponseCode::NoError
-        || answered.queries == query.queries
+    match [answer[4], answer[5]] {
+        // Some servers leave the question out of an error.
+        [0, 0] => code(answer) != Some(ResponseCode::NoError),
+        [0, 1] => question(query)
+            .zip(question(answer))
+            .is_some_and(|(asked, told)| asked.0.eq_ignore_ascii_case(told.0) && asked.1 == told.1),
+        _ => false,
+    }
+}
+
+/// Name of the first question, and its type and class.
+fn question(message: &[u8]) -> Option<(&[u8], &[u8])> {
+    let mut end = HEADER;
+    loop {
+        match usize::from(*message.get(end)?) {
+            0 => break,
+            // The first name in a message has nothing to point at.
+            label @ 1..64 => end += 1 + label,
+            _ => return None,
+        }
+    }
+    end += 1;
+    Some((&message[HEADER..end], message.get(end..end + 4)?))
 }
 
 /// Asks once more by TCP when a TCP client's question got an answer that was cut.
 pub(crate) fn needs_tcp(answer: &Forwarded, tcp: bool) -> bool {
     tcp && matches!(answer, Forwarded::Answer(answer) if is_truncated(answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_proto::op::{Message, Query};
+    use hickory_proto::rr::{Name, RecordType};
+    use proptest::prelude::*;
+
+    fn message(name: &str, kind: RecordType, answer: bool) -> Vec<u8> {
+        let mut message = Message::query();
+        message.metadata.id = 7;
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+        let mut bytes = message.to_vec().unwrap();
+        bytes[2] |= u8::from(answer) << 7;
+        bytes
+    }
+
+    #[test]
+    fn an_answer_repeats_id_and_question() {
+        let query = message("www.example.", RecordType::A, false);
+        let answer = message("WWW.example.", RecordType::A, true);
+        assert!(answers(&query, &answer, 7));
+        // Records that nobody here can read do not matter.
+        assert!(answers(&query, &[&answer[..], b"what?"].concat(), 7));
+        assert!(!answers(&query, &answer, 8));
+        assert!(!answers(&query, &query, 7), "a question is no answer");
+        assert!(!answers(&query, &message("www.example.", RecordType::AAAA, true), 7));
+        assert!(!answers(&query, &message("ww.example.", RecordType::A, true), 7));
+        assert!(!answers(&query, &answer[..20], 7));
+        let mut bare = answer[..HEADER].to_vec();
+        bare[4..6].fill(0);
+        assert!(!answers(&query, &bare, 7));
+        bare[3] = 2;
+        assert!(answers(&query, &bare, 7), "an error may come without its question");
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _ = (answers(&bytes, &bytes, id_of(&bytes)), question(&bytes));
+        }
+    }
 }

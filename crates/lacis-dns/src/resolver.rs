@@ -90,7 +90,7 @@ impl Resolver {
             forwarded = forward::ask(&bytes, true, &upstreams, self.options.fwmark).await;
         }
         match forwarded {
-            Forwarded::Answer(answer) => Some(fitted(answer, &message, transport)),
+            Forwarded::Answer(answer) => fitted(answer, &message, transport),
             Forwarded::Failed(code) => encode(&failed(&message, code), &message, transport),
             Forwarded::Silence => {
                 tracing::debug!(?upstreams, "no resolver answers");
@@ -136,16 +136,14 @@ fn encode(answer: &Message, query: &Message, transport: Transport) -> Option<Vec
     Some(bytes)
 }
 
-/// An answer of somebody else, marked as cut if it is longer than the asker takes.
-fn fitted(mut answer: Vec<u8>, query: &Message, transport: Transport) -> Vec<u8> {
-    let declared = query.edns.as_ref().map_or(usize::from(PLAIN_UDP), |edns| edns.max_payload().into());
-    if transport == Transport::Udp
-        && answer.len() > declared.max(PLAIN_UDP.into())
-        && let Some(flags) = answer.get_mut(2)
-    {
-        *flags |= 0x02;
+/// An answer of somebody else, or word that it is longer than the asker takes.
+fn fitted(answer: Vec<u8>, query: &Message, transport: Transport) -> Option<Vec<u8>> {
+    let takes = query.edns.as_ref().map_or(PLAIN_UDP, |edns| edns.max_payload().max(PLAIN_UDP));
+    if transport == Transport::Tcp || answer.len() <= takes.into() {
+        return Some(answer);
     }
-    answer
+    let code = answer.get(3).map_or(ResponseCode::ServFail, |flags| ResponseCode::from_low(flags & 0x0f));
+    failed(query, code).truncate().to_vec().ok()
 }
 
 #[cfg(test)]
@@ -229,6 +227,34 @@ mod tests {
         assert!(cut.len() <= 512 && Message::from_vec(&cut).unwrap().metadata.truncation);
         let whole = resolver.answer(&question("a.lab."), Transport::Tcp).await.unwrap();
         assert_eq!(Message::from_vec(&whole).unwrap().answers.len(), 100);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_the_asker_cannot_take_becomes_word_to_ask_by_tcp() {
+        let query = Message::from_vec(&question("a.example.")).unwrap();
+        let mut long = failed(&query, ResponseCode::NoError);
+        for n in 0..100 {
+            let name = query.queries[0].name.clone();
+            long.add_answer(Record::from_rdata(name, 60, RData::A(A(Ipv4Addr::new(192, 0, 2, n)))));
+        }
+        let long = long.to_vec().unwrap();
+        let cut = Message::from_vec(&fitted(long.clone(), &query, Transport::Udp).unwrap()).unwrap();
+        assert!(cut.metadata.truncation && cut.answers.is_empty() && cut.queries == query.queries);
+        assert_eq!(fitted(long.clone(), &query, Transport::Tcp).unwrap(), long);
+    }
+
+    #[tokio::test]
+    async fn a_slow_resolver_without_tcp_is_waited_for() {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(2300)).await;
+            let answer = failed(&Message::from_vec(&buffer[..length]).unwrap(), ResponseCode::NXDomain);
+            socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+        });
+        assert_eq!(asked(vec![address]).await.metadata.response_code, ResponseCode::NXDomain);
     }
 
     proptest! {

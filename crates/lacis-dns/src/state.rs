@@ -70,6 +70,14 @@ pub(crate) fn is_quad100(ip: IpAddr) -> bool {
     ip == IpAddr::V4(QUAD100_V4) || ip == IpAddr::V6(QUAD100_V6)
 }
 
+/// Is this an address of a mesh, IPv4 or IPv6?
+pub(crate) fn is_mesh(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
+        IpAddr::V6(v6) => v6.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
+    }
+}
+
 /// Is `name` the zone itself or below it?
 pub(crate) fn in_zone(name: &str, zone: &str) -> bool {
     name.strip_suffix(zone).is_some_and(|rest| rest.is_empty() || rest.ends_with('.') || zone.is_empty())

@@ -15,11 +15,13 @@ use smoltcp::wire::{HardwareAddress, IpCidr, IpEndpoint};
 
 use crate::quad100::{QUAD100_V4, QUAD100_V6};
 
-/// Connections at a time; more wait for their SYN to be sent again.
+/// Connections at a time; the stack refuses more.
 const SOCKETS: usize = 16;
 /// Room for the largest question that is taken, and for a good part of an answer.
 const RECEIVE: usize = 4096;
 const SEND: usize = 16 * 1024;
+/// Answers that may wait for a client that does not read; its next questions stay in the socket until then.
+const BACKLOG: usize = 64 * 1024;
 /// Questions longer than this are nobody's.
 const LONGEST_QUESTION: usize = 4096 - 2;
 const PORT: u16 = 53;
@@ -187,7 +189,8 @@ impl Tcp {
         }
         let Some(remote) = connection.remote else { return false };
         let mut moved = false;
-        while socket.can_recv() {
+        // Who asks and does not read is held back by TCP, and must not fill the memory.
+        while socket.can_recv() && connection.write.len() < BACKLOG {
             let read = socket.recv(|data| (data.len(), data.to_vec())).unwrap_or_default();
             moved |= !read.is_empty();
             connection.read.extend(read);
@@ -231,5 +234,53 @@ impl Tcp {
     pub(crate) fn delay(&mut self) -> Option<Duration> {
         let now = self.now();
         self.interface.poll_delay(now, &self.sockets).map(Into::into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::{PacketBuilder, PacketHeaders, TransportHeader};
+
+    fn segment(seq: u32, ack: Option<u32>, payload: &[u8]) -> Bytes {
+        let tcp = PacketBuilder::ipv4([100, 64, 0, 1], QUAD100_V4.octets(), 64).tcp(40000, PORT, seq, 64000);
+        let mut packet = Vec::new();
+        let tcp = if let Some(ack) = ack { tcp.ack(ack) } else { tcp.syn() };
+        tcp.write(&mut packet, payload).unwrap();
+        packet.into()
+    }
+
+    /// What must be acknowledged of a packet.
+    fn end(packet: &[u8]) -> u32 {
+        let headers = PacketHeaders::from_ip_slice(packet).unwrap();
+        let Some(TransportHeader::Tcp(tcp)) = headers.transport else { panic!("no TCP") };
+        tcp.sequence_number.wrapping_add(u32::from(tcp.syn) + headers.payload.slice().len() as u32)
+    }
+
+    #[test]
+    fn who_asks_and_does_not_read_is_held_back_until_it_reads() {
+        let questions = [0, 1, b'?'].repeat(400);
+        let mut tcp = Tcp::new();
+        tcp.packet(segment(100, None, &[]));
+        let mut read = end(&tcp.take_packets()[0]);
+        let asked = tcp.packet(segment(101, Some(read), &questions));
+        assert_eq!(asked.len(), 400);
+        for (from, _) in asked {
+            tcp.answer(from, Some(&[0; 1000]));
+        }
+        let second = 101 + questions.len() as u32;
+        assert!(tcp.packet(segment(second, Some(read), &questions)).is_empty());
+        let mut rounds = 0;
+        loop {
+            read = tcp.take_packets().last().map_or(read, |packet| end(packet));
+            let next = second + questions.len() as u32;
+            let asked = tcp.packet(segment(next, Some(read), &[]));
+            if !asked.is_empty() {
+                assert_eq!(asked.len(), 400);
+                break;
+            }
+            rounds += 1;
+            assert!(rounds < 1000, "never asked again");
+        }
     }
 }
