@@ -233,7 +233,12 @@ impl RelayClient {
         let (tx, rx) = oneshot::channel();
         let mut token = [0; 8];
         token.copy_from_slice(&derp::random_nonce()[..8]);
-        self.shared.pings().insert(token, (Instant::now(), tx));
+        {
+            let mut pings = self.shared.pings();
+            // those whose asker has stopped waiting
+            pings.retain(|_, (sent, _)| sent.elapsed() < PING_TIMEOUT);
+            pings.insert(token, (Instant::now(), tx));
+        }
         self.shared.queue.push_control(derp::Frame::Ping(token).to_bytes());
         let answer = tokio::time::timeout(PING_TIMEOUT, rx).await;
         self.shared.pings().remove(&token);

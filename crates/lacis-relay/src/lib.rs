@@ -20,6 +20,7 @@ pub mod stun;
 pub mod tls;
 pub mod verify;
 
+mod bind;
 mod buffers;
 mod error;
 

@@ -64,7 +64,13 @@ impl Service {
         let bind = |addresses: &[SocketAddr], what| -> Result<Vec<TcpListener>, Error> {
             addresses
                 .iter()
-                .map(|&address| listen(address).map_err(|source| Error::Bind { address, what, source }))
+                .map(|&address| {
+                    crate::bind::any_family(address, listen).map_err(|source| Error::Bind {
+                        address,
+                        what,
+                        source,
+                    })
+                })
                 .collect()
         };
         let stun =

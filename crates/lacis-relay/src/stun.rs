@@ -38,9 +38,9 @@ struct Metrics {
 }
 
 impl Server {
-    /// Binds the socket. `[::]:3478` serves both families.
+    /// Binds the socket. `[::]:3478` serves both families, or the one that the host has.
     pub fn bind(address: SocketAddr) -> Result<Self, Error> {
-        let open = || -> std::io::Result<UdpSocket> {
+        let open = |address: SocketAddr| -> std::io::Result<UdpSocket> {
             let domain = socket2::Domain::for_address(address);
             let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None)?;
             socket.set_nonblocking(true)?;
@@ -51,7 +51,11 @@ impl Server {
             socket.bind(&address.into())?;
             UdpSocket::from_std(socket.into())
         };
-        let socket = open().map_err(|source| Error::Bind { address, what: "STUN", source })?;
+        let socket = crate::bind::any_family(address, open).map_err(|source| Error::Bind {
+            address,
+            what: "STUN",
+            source,
+        })?;
         Ok(Self { socket, metrics: Arc::default() })
     }
 

@@ -32,6 +32,8 @@ const READ_AT_ONCE: usize = 64 << 10;
 const READ_MIN: usize = 4 << 10;
 /// Written at once.
 const WRITE_AT_ONCE: usize = 64 << 10;
+/// With more than this waiting, pings are not answered: a relay that asks and does not read must not fill our memory.
+const PONG_LIMIT: usize = 2 * WRITE_AT_ONCE;
 /// Parts of one write; the system takes up to 1024.
 const WRITE_PARTS: usize = 64;
 /// Rounds before other tasks get their turn. Few: the tasks that are to drain what a round brings may be waiting for
@@ -228,7 +230,11 @@ impl Connection<'_> {
                     bytes += data.len() as u64;
                     batch.push((src, data));
                 }
-                Frame::Ping(token) => self.out.push(Frame::Pong(token).to_bytes()),
+                Frame::Ping(token) => {
+                    if self.out.bytes() < PONG_LIMIT {
+                        self.out.push(Frame::Pong(token).to_bytes());
+                    }
+                }
                 Frame::Pong(token) => {
                     if let Some((sent, reply)) = self.shared.pings().remove(&token) {
                         // whoever asked may have stopped waiting

@@ -21,10 +21,17 @@ use crate::readahead::ReadAhead;
 
 /// For DNS, TCP, TLS and the upgrade of one region, as the stock client has it.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a node that is not the last may take of it: one that accepts connections and then says nothing must not keep the
+/// others from being tried.
+const NODE_TIMEOUT: Duration = Duration::from_secs(4);
 /// For TCP to one node, as the stock client has it.
 const TCP_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long IPv6 may keep IPv4 waiting.
 const IPV6_HEAD_START: Duration = Duration::from_millis(200);
+/// A connection whose far side acknowledges nothing for this long has ended: without it a path that broke silently would be
+/// noticed only when nothing is heard for two minutes.
+#[cfg(target_os = "linux")]
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
 /// No honest answer has a longer head.
 const MAX_HEAD: usize = 16 << 10;
 
@@ -136,9 +143,11 @@ impl Dialer {
             for (i, node) in region.nodes.iter().enumerate() {
                 // the relay counts clients that are not where they would like to be
                 let ideal = if i > 0 { region.nodes.first().map(|first| first.name.as_str()) } else { None };
-                match self.upgrade(node, ideal).await {
-                    Ok(dialed) => return Ok(dialed),
-                    Err(error) => last = error,
+                let limit = if i + 1 < region.nodes.len() { NODE_TIMEOUT } else { DIAL_TIMEOUT };
+                match timeout(limit, self.upgrade(node, ideal)).await {
+                    Ok(Ok(dialed)) => return Ok(dialed),
+                    Ok(Err(error)) => last = error,
+                    Err(_) => last = ConnectError::Late,
                 }
             }
             Err(last)
@@ -272,8 +281,12 @@ impl Dialer {
     async fn tcp_one(&self, address: SocketAddr) -> io::Result<TcpStream> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         #[cfg(target_os = "linux")]
-        if let Some(mark) = self.options.fwmark {
-            socket2::SockRef::from(&socket).set_mark(mark)?;
+        {
+            let socket = socket2::SockRef::from(&socket);
+            if let Some(mark) = self.options.fwmark {
+                socket.set_mark(mark)?;
+            }
+            socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))?;
         }
         let stream = socket.connect(address).await?;
         stream.set_nodelay(true)?;

@@ -156,6 +156,11 @@ impl Outgoing {
         self.left == 0
     }
 
+    /// Bytes that wait.
+    pub(super) fn bytes(&self) -> usize {
+        self.left
+    }
+
     /// The parts of the next write.
     pub(super) fn slices<'a>(&'a self, out: &mut [IoSlice<'a>]) -> usize {
         let mut count = 0;

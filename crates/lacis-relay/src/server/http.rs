@@ -8,7 +8,7 @@ use axum::routing::{any, get};
 use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONNECTION, SEC_WEBSOCKET_PROTOCOL, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use hyper_util::rt::TokioIo;
-use lacis_wire::derp::PROTOCOL_VERSION;
+use lacis_wire::derp::{self, PROTOCOL_VERSION};
 
 use super::websocket::WebSocketStream;
 use super::{Relay, RemoteAddr, UNKNOWN_REMOTE};
@@ -19,6 +19,8 @@ const CHALLENGE: HeaderName = HeaderName::from_static("x-tailscale-challenge");
 const CHALLENGE_RESPONSE: HeaderName = HeaderName::from_static("x-tailscale-response");
 /// Longer challenges are not answered: the header must not carry whatever somebody likes.
 const MAX_CHALLENGE: usize = 64;
+/// Of one WebSocket message: the longest frame of the protocol, so that nobody makes the relay hold more.
+const MAX_MESSAGE: usize = derp::MAX_FRAME;
 
 pub(super) fn router(relay: Relay) -> Router {
     Router::new()
@@ -79,11 +81,14 @@ fn offers_derp(headers: &HeaderMap) -> bool {
 async fn websocket(relay: Relay, request: Request, remote: std::net::SocketAddr) -> Response {
     let (mut parts, _) = request.into_parts();
     match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
-        Ok(upgrade) => upgrade.protocols(["derp"]).on_upgrade(move |socket| {
-            relay.inner.metrics.websocket_accepts.inc();
-            let sessions = relay.inner.sessions.clone();
-            sessions.track_future(async move { relay.serve(WebSocketStream::new(socket), remote).await })
-        }),
+        Ok(upgrade) => {
+            let upgrade = upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
+            upgrade.protocols(["derp"]).on_upgrade(move |socket| {
+                relay.inner.metrics.websocket_accepts.inc();
+                let sessions = relay.inner.sessions.clone();
+                sessions.track_future(async move { relay.serve(WebSocketStream::new(socket), remote).await })
+            })
+        }
         Err(rejection) => rejection.into_response(),
     }
 }

@@ -224,8 +224,15 @@ impl Outbox {
         state.data.chunks.shrink_to_fit();
     }
 
-    /// How many packet and disco frames will never be written.
-    pub(super) fn left(&self) -> (usize, usize) {
+    /// Drops what waits when the connection is gone, since senders may hold its handle for long; returns how many
+    /// packet and disco frames that were.
+    pub(super) fn clear(&self) -> (usize, usize) {
+        let State { data, disco, .. } = std::mem::take(&mut *self.state());
+        (data.frames, disco.frames)
+    }
+
+    #[cfg(test)]
+    fn left(&self) -> (usize, usize) {
         let state = self.state();
         (state.data.frames, state.disco.frames)
     }
@@ -271,6 +278,9 @@ mod tests {
         assert_eq!(outbox.left(), (10, 0));
         assert_eq!(drain(&outbox), (15..25).collect::<Vec<_>>());
         assert_eq!(outbox.left(), (0, 0));
+        outbox.push_data(&frame(25, 100), 1);
+        assert_eq!(outbox.clear(), (1, 0));
+        assert!(outbox.state().data.chunks.is_empty());
     }
 
     #[test]

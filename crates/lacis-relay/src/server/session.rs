@@ -34,6 +34,8 @@ pub(super) const READ_BUFFER: usize = LONGEST + READ_AT_ONCE;
 const ROUNDS: usize = 2;
 /// The body limit of one client family, its key included.
 const NARROW_BODY: usize = 64 << 10;
+/// Disco messages are short; what is longer and looks like one must not have their queue, which is bounded by number.
+const LONGEST_DISCO: usize = 4 << 10;
 /// `PeerGone(NotHere)` answers: this many at once, then one a second. WireGuard retries too often to answer all.
 const NOT_HERE_BURST: u32 = 3;
 const NOT_HERE_INTERVAL: Duration = Duration::from_secs(1);
@@ -127,7 +129,7 @@ impl Drop for Guard {
                 }
             }
         }
-        let (data, disco) = self.client.outbox.left();
+        let (data, disco) = self.client.outbox.clear();
         metrics.dropped(Reason::Gone, Kind::Other, data);
         metrics.dropped(Reason::Gone, Kind::Disco, disco);
     }
@@ -322,7 +324,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             frame[0] = FrameType::RecvPacket as u8;
             frame[HEADER_LEN..HEADER_LEN + KEY_LEN].copy_from_slice(&source);
         };
-        let disco = disco::looks_like(&bytes[at + HEADER_LEN + KEY_LEN..end]);
+        let disco = is_disco(&bytes[at + HEADER_LEN + KEY_LEN..end]);
         let (mut stop, mut count) = (end, 1);
         readdress(&mut bytes[at..end]);
         if !disco && end - at <= HEADER_LEN + NARROW_BODY {
@@ -471,6 +473,10 @@ fn whole(bytes: &[u8], at: usize, len: usize) -> Option<usize> {
     (end <= bytes.len()).then_some(end)
 }
 
+fn is_disco(data: &[u8]) -> bool {
+    data.len() <= LONGEST_DISCO && disco::looks_like(data)
+}
+
 fn key_at(bytes: &[u8], at: usize) -> NodeKey {
     let mut key = [0; KEY_LEN];
     key.copy_from_slice(&bytes[at + HEADER_LEN..at + HEADER_LEN + KEY_LEN]);
@@ -485,7 +491,7 @@ fn next_of_run(bytes: &[u8], at: usize, dst: &NodeKey) -> Option<usize> {
     }
     let end = whole(bytes, at, header.len)?;
     let (key, data) = bytes[at + HEADER_LEN..end].split_at(KEY_LEN);
-    (key == dst.as_bytes() && !disco::looks_like(data)).then_some(end)
+    (key == dst.as_bytes() && !is_disco(data)).then_some(end)
 }
 
 /// A token bucket of `NOT_HERE_BURST`, one more every `NOT_HERE_INTERVAL`.
