@@ -27,9 +27,9 @@ const QUAD100_PACKETS: usize = 256;
 const EVENTS: usize = 1024;
 /// Large frame buffers kept for the next batch.
 const POOLED: usize = 16;
-/// Batches below this are copied into a buffer of their own size, so that a waiting acknowledgement does not hold
-/// a buffer of 64 KiB.
-const SMALL: usize = 4096;
+/// Batches below this are copied into a buffer of their own size: what waits then takes at most about four times
+/// the bytes that [`RELAY_BYTES`] counts, where an acknowledgement would hold a buffer of 72 KiB.
+const SMALL: usize = 16 << 10;
 
 /// The receiving ends of everything that the packet thread produces. They end when the thread does: after a shutdown,
 /// and also if it should ever panic.

@@ -171,6 +171,12 @@ impl Peers {
                 Some(config) if *config == peer.config => {
                     wanted.remove(&key);
                 }
+                // Taken away before anything is added: what moves from one peer to another is no conflict.
+                Some(config) if config.allowed_ips != peer.config.allowed_ips => {
+                    removed = true;
+                    let old = peer.config.allowed_ips.clone();
+                    self.unroute(&old, slot as u32);
+                }
                 Some(_) => {}
                 None => {
                     removed = true;
@@ -189,10 +195,8 @@ impl Peers {
                 if old.persistent_keepalive != peer.config.persistent_keepalive {
                     peer.reset();
                 }
-                let new = peer.config.allowed_ips.clone();
-                if old.allowed_ips != new {
-                    removed = true;
-                    self.unroute(&old.allowed_ips, slot);
+                if old.allowed_ips != peer.config.allowed_ips {
+                    let new = peer.config.allowed_ips.clone();
                     self.add_routes(&new, slot);
                 }
                 continue;
@@ -336,6 +340,17 @@ mod tests {
         assert_eq!(key_at(&mut peers, "10.1.1.1"), Some(2));
         peers.set(vec![peer(1, &["10.0.0.0/8"])], Instant::now());
         assert_eq!(key_at(&mut peers, "10.1.1.1"), Some(1));
+    }
+
+    #[test]
+    fn a_network_that_moves_is_no_conflict() {
+        let mut peers = Peers::new(0);
+        for holder in [1, 2, 1, 2] {
+            let nets = |n| if n == holder { &["10.0.0.0/8"][..] } else { &[] };
+            peers.set((1..=2).map(|n| peer(n, nets(n))).collect(), Instant::now());
+            assert_eq!(key_at(&mut peers, "10.1.1.1"), Some(holder));
+            assert!(!peers.conflicts);
+        }
     }
 
     #[test]

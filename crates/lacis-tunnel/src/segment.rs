@@ -121,7 +121,8 @@ fn cut(
     let first_id = u16::from_be_bytes([template[4], template[5]]);
     let first_seq =
         u32::from_be_bytes([template[l4 + 4], template[l4 + 5], template[l4 + 6], template[l4 + 7]]);
-    let flags = template[l4 + 13];
+    // A UDP header is shorter, and behind long extension headers it ends the template.
+    let flags = template.get(l4 + 13).copied().unwrap_or(0);
     let csum = l4 + if proto == protocol::TCP { TCP_CSUM } else { UDP_CSUM };
     template[csum..csum + 2].fill(0);
     if v4 {
@@ -193,6 +194,23 @@ mod tests {
         let header =
             VnetHeader { flags: NEEDS_CSUM, csum_start: 50, csum_offset: 16, ..VnetHeader::default() };
         assert_eq!(segment(header, &mut packet, |_| ()), Err(Malformed));
+    }
+
+    #[test]
+    fn the_longest_headers_before_udp_are_taken() {
+        let l4 = MAX_HEADERS - 8;
+        let mut packet = vec![0u8; MAX_HEADERS + 150];
+        packet[0] = 0x60;
+        let header = VnetHeader {
+            gso_type: GSO_UDP,
+            gso_size: 100,
+            csum_start: l4 as u16,
+            csum_offset: UDP_CSUM as u16,
+            ..VnetHeader::default()
+        };
+        let mut lengths = Vec::new();
+        segment(header, &mut packet, |packet| lengths.push(packet.len())).unwrap();
+        assert_eq!(lengths, [MAX_HEADERS + 100, MAX_HEADERS + 50]);
     }
 
     #[test]

@@ -143,6 +143,10 @@ impl Tunnel {
     }
 
     fn command(&self, command: Command) {
+        // Nobody would ever take it.
+        if self.inner.shared.stop.load(Ordering::Acquire) {
+            return;
+        }
         self.inner.shared.queue().commands.push(command);
         self.inner.shared.wake.wake();
     }

@@ -135,6 +135,7 @@ impl Worker {
                 Err(error) => {
                     error!(%error, "the packet thread cannot wait for packets and ends");
                     self.out.event(Event::TunLost { error: error.to_string() });
+                    self.shared.stop.store(true, Ordering::Release);
                     return;
                 }
             };

@@ -196,10 +196,13 @@ impl Tun {
         self.offloads
     }
 
-    /// Reads one packet with its virtio header; `None` when nothing waits.
+    /// Reads one packet with its virtio header; `None` when nothing waits, 0 for a packet that the kernel could not
+    /// hand over.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match rustix::io::read(&self.fd, buffer) {
             Ok(length) => Ok(Some(length)),
+            // A super-packet of a kind that the header has no word for. It is gone, the device is not.
+            Err(rustix::io::Errno::INVAL) => Ok(Some(0)),
             // A signal is nothing to act on: the device is still ready at the next turn.
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
             Err(error) => Err(error.into()),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use boringtun::noise::TunnResult;
 
 use super::Worker;
+use crate::config::Path;
 use crate::outputs::Senders;
 use crate::peers::{Identity, Peer};
 use crate::sinks::Sinks;
@@ -65,7 +66,7 @@ pub(super) fn tick_peer(
             }
             _ => 0,
         });
-    if !sent.is_empty() {
+    if !sent.is_empty() && peer.path != Path::None {
         peer.counters.tx_bytes.add(sent.len() as u64);
         peer.counters.tx_packets.add(1);
     }
