@@ -13,6 +13,9 @@ mod map;
 mod node;
 mod register;
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 pub use derp_map::{DerpHomeParams, DerpMap, DerpNode, DerpRegion};

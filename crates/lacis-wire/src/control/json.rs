@@ -5,6 +5,7 @@
 //! they are decoded ([`decode_request`]), `null` stands for "empty" wherever we read, and we never write it.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::LazyLock;
 
 use serde::de::DeserializeOwned;
@@ -164,6 +165,20 @@ where
     T: Default + Deserialize<'de>,
 {
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Reads endpoints, and passes over those that have no [`SocketAddr`] (a zone that is a name, say): one of them must
+/// not cost the whole message.
+pub(crate) fn endpoints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SocketAddr>, D::Error> {
+    Ok(optional_endpoints(deserializer)?.unwrap_or_default())
+}
+
+/// The same where "absent" and "none" are two things.
+pub(crate) fn optional_endpoints<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<SocketAddr>>, D::Error> {
+    let texts = Option::<Vec<String>>::deserialize(deserializer)?;
+    Ok(texts.map(|texts| texts.iter().filter_map(|text| text.parse().ok()).collect()))
 }
 
 /// Go's zero time, which stands for "not set".

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
 
-use super::json::{is_default, nullable, optional_key, optional_time};
+use super::json::{is_default, nullable, optional_endpoints, optional_key, optional_time};
 use super::{DerpMap, DnsConfig, FilterRule, Hostinfo, Node, NodeId, PeerChange, UserProfile};
 use crate::key::{DiscoKey, NodeKey};
 
@@ -29,7 +29,7 @@ pub struct MapRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostinfo: Option<Hostinfo>,
     /// Absent means "as before".
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_endpoints")]
     pub endpoints: Option<Vec<SocketAddr>>,
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub endpoint_types: Vec<u8>,

@@ -10,7 +10,9 @@ use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::Hostinfo;
-use super::json::{is_default, nullable, optional_key, optional_time, patched_time};
+use super::json::{
+    endpoints, is_default, nullable, optional_endpoints, optional_key, optional_time, patched_time,
+};
 use crate::key::{DiscoKey, MachineKey, NodeKey};
 
 /// Numbers a node: positive, below 2^53, never used again.
@@ -64,7 +66,7 @@ pub struct Node {
     /// Absent means the addresses; empty means unreachable.
     #[serde(rename = "AllowedIPs", skip_serializing_if = "Option::is_none")]
     pub allowed_ips: Option<Vec<IpNet>>,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "endpoints")]
     pub endpoints: Vec<SocketAddr>,
     /// The home region as older clients read it, `127.3.3.40:REGION`.
     #[serde(rename = "DERP", skip_serializing_if = "is_default", deserialize_with = "nullable")]
@@ -128,7 +130,7 @@ pub struct PeerChange {
     pub cap: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cap_map: Option<CapMap>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_endpoints")]
     pub endpoints: Option<Vec<SocketAddr>>,
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_key")]
     pub key: Option<NodeKey>,
