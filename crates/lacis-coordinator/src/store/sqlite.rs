@@ -1,5 +1,6 @@
 //! The SQLite side of the store.
 
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
@@ -15,6 +16,8 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// Jobs of one transaction: enough to spread an `fsync`, few enough that nobody waits long.
 const GROUP: usize = 256;
+/// Who is in the network is nobody else's business.
+const FILE_MODE: u32 = 0o600;
 /// Another process (a backup) may hold the database for a moment.
 const BUSY: Duration = Duration::from_secs(5);
 
@@ -38,11 +41,14 @@ fn open_error(path: &Path, error: &sqlx::Error) -> Error {
 }
 
 pub(super) async fn open(path: &Path) -> Result<SqliteConnection, Error> {
+    // SQLite gives its other files the permissions of this one. What fails here fails again below, with more to say.
+    let _ = std::fs::OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path);
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Normal)
+        // A key that was spent stays spent after a power cut.
+        .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY)
         .statement_cache_capacity(32)
