@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{FromRequest, Path, State};
-use axum::http::StatusCode;
+use axum::extract::{FromRequest, MatchedPath, Path, Request, State};
+use axum::http::{Method, StatusCode};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
@@ -21,7 +22,6 @@ use crate::core::{AdminError, Core, now};
 pub struct AdminPeer {
     pub uid: u32,
     pub gid: u32,
-    pub pid: Option<i32>,
 }
 
 type Answer<T> = Result<Json<T>, Failure>;
@@ -66,7 +66,7 @@ struct Body<T>(T);
 impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Failure;
 
-    async fn from_request(request: axum::extract::Request, state: &S) -> Result<Self, Failure> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
         let body: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
         match body {
             Ok(Json(body)) => Ok(Self(body)),
@@ -93,10 +93,24 @@ pub fn router(core: Core) -> Router {
         .route("/tailnets/{tailnet}/nodes/{node}/expire", post(expire_node))
         .route("/registrations", get(list_registrations))
         .route("/registrations/{id}/approve", post(approve))
+        .route_layer(middleware::from_fn(note))
         .with_state(core);
     Router::new().nest(PREFIX, routes).fallback(|| async {
         Failure(StatusCode::NOT_FOUND, ApiError { error: "no such path in this API".to_owned(), hint: None })
     })
+}
+
+/// Who changed what. The path is told as the API has it: a person may have put a whole key into it.
+async fn note(request: Request, next: Next) -> Response {
+    let method = request.method().clone();
+    let path =
+        request.extensions().get::<MatchedPath>().map_or_else(String::new, |path| path.as_str().into());
+    let uid = request.extensions().get::<AdminPeer>().map(|peer| peer.uid);
+    let answer = next.run(request).await;
+    if method != Method::GET {
+        tracing::info!(%method, path, uid, status = answer.status().as_u16(), "an administrator's command");
+    }
+    answer
 }
 
 async fn list_tailnets(State(core): State<Core>) -> Json<Vec<TailnetInfo>> {

@@ -5,6 +5,7 @@ use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::response::IntoResponse as _;
 use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -93,7 +94,7 @@ impl AdminSocket {
 async fn connection(stream: UnixStream, group: Option<u32>, router: axum::Router, stop: CancellationToken) {
     let peer = match (may_administrate(&stream, group), stream.peer_cred()) {
         (Ok(allowed), Ok(peer)) => {
-            let peer = AdminPeer { uid: peer.uid(), gid: peer.gid(), pid: peer.pid() };
+            let peer = AdminPeer { uid: peer.uid(), gid: peer.gid() };
             if allowed {
                 Ok(peer)
             } else {
@@ -114,7 +115,11 @@ async fn connection(stream: UnixStream, group: Option<u32>, router: axum::Router
         let router = router.clone();
         async move {
             match peer {
-                Ok(peer) => call(router, peer, request).await,
+                // In a task of its own: what was begun is done, even if whoever asked goes away meanwhile.
+                Ok(peer) => match tokio::spawn(call(router, peer, request)).await {
+                    Ok(answer) => answer,
+                    Err(_) => Ok(http::StatusCode::INTERNAL_SERVER_ERROR.into_response()),
+                },
                 Err(()) => Ok(forbidden()),
             }
         }
@@ -137,7 +142,6 @@ async fn connection(stream: UnixStream, group: Option<u32>, router: axum::Router
 }
 
 fn forbidden() -> axum::response::Response {
-    use axum::response::IntoResponse as _;
     let error = lacis_wire::admin::ApiError {
         error: "only root, the coordinator's own user and members of the group lacis may administrate"
             .to_owned(),

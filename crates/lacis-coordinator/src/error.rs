@@ -94,7 +94,9 @@ impl Error {
         use lacis_relay::Error as Relay;
         matches!(
             self,
-            Self::Config(_) | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
+            Self::Config(_)
+                | Self::Core(crate::core::Error::UnknownTailnet { .. })
+                | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
         )
     }
 }

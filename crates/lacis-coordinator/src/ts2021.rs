@@ -41,9 +41,12 @@ const PROTOCOL: &str = "tailscale-control-protocol";
 const HANDSHAKE: HeaderName = HeaderName::from_static("x-tailscale-handshake");
 /// From the 101 to the client's first request; one that never asks anything is not kept.
 const FIRST_REQUEST: Duration = Duration::from_secs(30);
-/// A client has a long poll, lite updates and follow-ups at once; tests and load tools have more.
-const MAX_STREAMS: u32 = 1000;
-/// Bodies of requests are small (1 MiB at most).
+/// A client has a long poll, lite updates and follow-ups at once. Times the limit of a body it is what a stranger can
+/// make one session hold.
+const MAX_STREAMS: u32 = 128;
+/// Noise records are 4 KiB; whoever puts many of them into one message has the patience to make several.
+const MAX_MESSAGE: usize = 256 << 10;
+/// Bodies of requests are small.
 const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 20;
 /// What may wait for one stream: a first map can be large, but is taken piece by piece.
@@ -244,7 +247,9 @@ pub(crate) async fn get(State(noise): State<Noise>, request: Request) -> Respons
     let remote = remote(&request);
     let (mut parts, _) = request.into_parts();
     let upgrade = match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
-        Ok(upgrade) => upgrade.protocols([PROTOCOL]),
+        Ok(upgrade) => {
+            upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE).protocols([PROTOCOL])
+        }
         Err(rejection) => return rejection.into_response(),
     };
     if upgrade.selected_protocol().is_none() {

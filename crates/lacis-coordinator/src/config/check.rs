@@ -7,6 +7,9 @@ use super::problem::Problem;
 use super::scalars::is_label;
 use super::types::Config;
 
+/// A DNS name has 253 characters at most, and a node's label 63 and a dot.
+const MAX_DOMAIN: usize = 253 - 64;
+
 pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> {
     let mut problems = Vec::new();
     let mut wrong = |path: &[&str], message: String| problems.push(Problem::at(positions, path, message));
@@ -23,6 +26,10 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> 
             let message = format!(
                 "the server's own host {host:?} must not stand in a network's domain: clients would look for it inside the network"
             );
+            wrong(&["tailnets", name, "domain"], message);
+        }
+        if domain.0.len() > MAX_DOMAIN {
+            let message = format!("at most {MAX_DOMAIN} characters: a node's name stands in front of it");
             wrong(&["tailnets", name, "domain"], message);
         }
         if let Some(other) = domains.insert(&domain.0, name) {
