@@ -29,7 +29,6 @@ use lacis_wire::key::{MachineKey, NodeKey};
 use tokio_util::sync::CancellationToken;
 
 pub use admin::AdminError;
-pub use pending::Registered;
 pub use session::{Next, Subscription};
 
 use crate::store::{self, AuthKeyRow, Loaded, Store};
@@ -302,6 +301,7 @@ impl Core {
     /// Ends all streams and writes what is still to be written.
     pub async fn shutdown(&self) {
         self.0.token.cancel();
+        janitor::note_last_seen(self);
         janitor::flush(self).await;
     }
 }

@@ -2,9 +2,10 @@
 //! know these paths.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Extension, State};
+use axum::extract::{DefaultBodyLimit, Extension, FromRequest, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
@@ -17,8 +18,10 @@ use serde_json::json;
 use crate::core::Core;
 use crate::{map, register};
 
-/// No request of a client is near it; any machine key can send one.
+/// As Headscale has it. No request of a client is near it; any machine key can send one.
 const BODY_LIMIT: usize = 1 << 20;
+/// For the body of a request. Its answer may take as long as it likes: map streams never end.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Who is at the other end of a Noise session.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +51,21 @@ pub fn router(core: Core) -> Router {
         .with_state(core)
 }
 
+/// The whole body, if it comes in time.
+struct Body(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
+        match tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state)).await {
+            Ok(Ok(body)) => Ok(Self(body)),
+            Ok(Err(rejection)) => Err(rejection.into_response()),
+            Err(_) => Err(StatusCode::REQUEST_TIMEOUT.into_response()),
+        }
+    }
+}
+
 fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, (StatusCode, String)> {
     decode_request(body).map_err(|error| (StatusCode::BAD_REQUEST, format!("bad request: {error}")))
 }
@@ -66,7 +84,7 @@ fn check_version(version: u16) -> Result<(), (StatusCode, String)> {
 async fn register(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Response, (StatusCode, String)> {
     let request: RegisterRequest = decode(&body)?;
     check_version(request.version)?;
@@ -76,7 +94,7 @@ async fn register(
 async fn map(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Response, (StatusCode, String)> {
     let request: MapRequest = decode(&body)?;
     check_version(request.version)?;
@@ -84,7 +102,7 @@ async fn map(
 }
 
 async fn whoami(Extension(session): Extension<Session>) -> String {
-    format!("machine {} from {}\n", session.machine, session.remote)
+    format!("machine {} from {}, version {}\n", session.machine, session.remote, session.version)
 }
 
 async fn accepted() -> Response {

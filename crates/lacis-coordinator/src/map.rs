@@ -25,27 +25,32 @@ const FRAMES_AHEAD: usize = 2;
 
 /// Answers a map request.
 pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
-    let Some((tailnet, node)) = core.find_for(&request.node_key, &session.machine) else {
-        return (StatusCode::NOT_FOUND, "node not found").into_response();
-    };
+    let not_found = || (StatusCode::NOT_FOUND, "node not found").into_response();
+    let key = request.node_key;
+    let Some((tailnet, node)) = core.find_for(&key, &session.machine) else { return not_found() };
     let compression = Compression::requested(&request.compress);
-    let (stream, omit_peers) = (request.stream, request.omit_peers);
-    if !request.read_only {
+    let (stream, omit_peers, read_only) = (request.stream, request.omit_peers, request.read_only);
+    if !read_only {
         core.update(&tailnet, &node, request);
     }
     // What was just stored is in the map that follows.
-    let node = tailnet.snapshot().node(node.id).cloned().unwrap_or(node);
+    let Some((_, node)) = core.find_for(&key, &session.machine) else { return not_found() };
     let frames = match (stream, omit_peers) {
-        (true, _) => core.subscribe(&tailnet, &node, compression).map(|(subscription, first)| {
-            let (send, frames) = mpsc::channel(FRAMES_AHEAD);
-            tokio::spawn(feed(subscription, first, compression, send));
-            Body::from_stream(Frames(frames))
+        (true, _) => core.subscribe(&tailnet, &node, compression).map(|subscribed| {
+            subscribed.map(|(subscription, first)| {
+                let (send, frames) = mpsc::channel(FRAMES_AHEAD);
+                tokio::spawn(feed(subscription, first, compression, send));
+                Body::from_stream(Frames(frames))
+            })
         }),
-        (false, true) => Ok(Body::empty()),
-        (false, false) => core.whole_map(&tailnet, &node, true, compression).map(Body::from),
+        (false, true) if !read_only => Ok(Some(Body::empty())),
+        (false, _) => {
+            core.whole_map(&tailnet, &node, !omit_peers, compression).map(|frame| Some(Body::from(frame)))
+        }
     };
     match frames {
-        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Ok(None) => not_found(),
+        Ok(Some(body)) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(error) => {
             tracing::error!(node = node.name, %error, "a network map could not be encoded");
             (StatusCode::INTERNAL_SERVER_ERROR, "the network map could not be encoded").into_response()

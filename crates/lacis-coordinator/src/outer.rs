@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, head, post};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
@@ -19,7 +19,7 @@ use lacis_wire::control::{DerpMap, OverTlsKeys, VerifyRequest, VerifyResponse, d
 use lacis_wire::key::MachineKey;
 use tokio::sync::Mutex;
 
-use crate::core::Core;
+use crate::core::{Core, names};
 use crate::ts2021::{self, Noise};
 
 /// Below this version `/key` gives nothing, as the protocol has it: such clients know no Noise.
@@ -28,6 +28,8 @@ const FIRST_NOISE_VERSION: u32 = 39;
 const MAX_VERIFY: usize = 4 << 10;
 /// How long the relays' resolved addresses are handed out before they are looked up again.
 const BOOTSTRAP_AGE: Duration = Duration::from_mins(10);
+/// The same while some relay's name cannot be looked up.
+const BOOTSTRAP_RETRY: Duration = Duration::from_secs(10);
 /// How long the lookups may take together.
 const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -53,18 +55,39 @@ pub fn router(core: Core, noise: Noise, noise_key: MachineKey, derp_map: Arc<Der
                 .route("/health", get(health))
                 .route("/verify", post(verify).layer(DefaultBodyLimit::max(MAX_VERIFY)))
                 .route("/machine/ping-response", head(ping_response))
+                .route("/register/{id}", get(registration))
                 .with_state(core),
         )
 }
 
 /// There is nothing to see for people who try the URL in a browser; they see that it is reachable.
 fn blank() -> Response {
-    let page = "<!doctype html><title>Lacis</title><p>This is a Lacis coordinator.</p>\n";
+    page("<p>This is a Lacis coordinator.</p>".to_owned())
+}
+
+/// Where a client sends its user when it came without a key. Who may decide is whoever may use the admin socket.
+async fn registration(State(core): State<Core>, Path(id): Path<String>) -> Response {
+    let Some(host) = core.pending_host(&id) else {
+        let text = "<p>Nobody waits here: the registration is done, or older than 15 minutes. Try again on the device.</p>";
+        return (StatusCode::NOT_FOUND, page(text.to_owned())).into_response();
+    };
+    // Strangers choose the host's name, so it is shown as a node's name would be. The id is one of ours.
+    let host = names::label(&host);
+    page(format!(
+        "<p>The device <b>{host}</b> waits for approval. An administrator lets it join with</p>\n\
+         <pre>lacis admin registrations approve {id} --user NAME</pre>\n\
+         <p>on the coordinator's host, where NAME is whom it shall belong to.</p>"
+    ))
+}
+
+fn page(body: String) -> Response {
+    let page = format!("<!doctype html><meta charset=\"utf-8\"><title>Lacis</title>{body}\n");
     let headers = [
         ("content-type", "text/html; charset=utf-8"),
         ("x-frame-options", "DENY"),
         ("x-content-type-options", "nosniff"),
         ("referrer-policy", "no-referrer"),
+        ("cache-control", "no-store"),
     ];
     (headers, page).into_response()
 }
@@ -121,6 +144,9 @@ struct PingQuery {
 
 /// A client answers a ping that it got in its map stream.
 async fn ping_response(State(core): State<Core>, Query(query): Query<PingQuery>) -> StatusCode {
+    if query.id.is_empty() {
+        return StatusCode::BAD_REQUEST;
+    }
     if core.ping_response(&query.id) { StatusCode::OK } else { StatusCode::NOT_FOUND }
 }
 
@@ -130,20 +156,25 @@ type Addresses = BTreeMap<String, Vec<IpAddr>>;
 #[derive(Debug)]
 struct Bootstrap {
     derp_map: Arc<DerpMap>,
-    cache: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
+    /// An answer, and until when it is good.
+    cache: Mutex<Option<(Instant, Vec<u8>)>>,
 }
 
 async fn bootstrap_dns(bootstrap: Arc<Bootstrap>) -> Json {
     // Held while looking up: however many ask, the names are asked for once.
     let mut cache = bootstrap.cache.lock().await;
-    if let Some((made, body)) = &*cache
-        && made.elapsed() < BOOTSTRAP_AGE
+    if let Some((until, body)) = &*cache
+        && Instant::now() < *until
     {
-        return json(body.to_vec());
+        return json(body.clone());
     }
-    let body = Arc::new(to_json(&addresses(&bootstrap.derp_map).await));
-    *cache = Some((Instant::now(), Arc::clone(&body)));
-    json(body.to_vec())
+    let found = addresses(&bootstrap.derp_map).await;
+    let mut nodes = bootstrap.derp_map.regions.values().flat_map(|region| &region.nodes);
+    let complete = nodes.all(|node| found.contains_key(&node.host_name));
+    let age = if complete { BOOTSTRAP_AGE } else { BOOTSTRAP_RETRY };
+    let body = to_json(&found);
+    *cache = Some((Instant::now() + age, body.clone()));
+    json(body)
 }
 
 async fn addresses(derp_map: &DerpMap) -> Addresses {

@@ -6,13 +6,15 @@
 use lacis_wire::control::{Login, RegisterRequest, RegisterResponse, User};
 
 use crate::core::registration::{Applicant, Member, Refused};
-use crate::core::{Core, Registered, now};
+use crate::core::{Core, now};
 use crate::inner::Session;
 
 /// Answers a registration.
 pub async fn register(core: &Core, session: &Session, request: RegisterRequest) -> RegisterResponse {
     match decide(core, session, request).await {
         Ok(response) => response,
+        // A client makes another key then and asks again.
+        Err(Refused::OtherNode) => RegisterResponse { node_key_expired: true, ..RegisterResponse::default() },
         Err(refused) => {
             tracing::info!(machine = %session.machine, remote = %session.remote, %refused, "registration refused");
             RegisterResponse { error: refused.to_string(), ..RegisterResponse::default() }
@@ -30,7 +32,8 @@ async fn decide(
     if let Some(at) = expiry
         && at <= now()
     {
-        return leave(core, session, known).await;
+        let (core, session) = (core.clone(), *session);
+        return to_the_end(async move { leave(&core, &session, known).await }).await;
     }
     let auth_key = request.auth.as_ref().map(|auth| auth.auth_key.as_str()).filter(|key| !key.is_empty());
     let applicant = Applicant {
@@ -62,17 +65,30 @@ async fn decide(
         return Ok(success(&core.refresh(tailnet, node, applicant)));
     }
     if let Some(key) = auth_key {
-        let key = zeroize::Zeroizing::new(key.to_owned());
-        return Ok(success(&core.register_with_key(applicant, &key).await?));
+        let (core, key) = (core.clone(), zeroize::Zeroizing::new(key.to_owned()));
+        let joined = to_the_end(async move { core.register_with_key(applicant, &key).await }).await?;
+        return Ok(success(&joined));
     }
-    if !request.followup.is_empty()
-        && core.wait_for_approval(&request.followup, &session.machine).await == Registered::Approved
-        && let Some(member) = core.find_for(&request.node_key, &session.machine)
-    {
-        return Ok(success(&member));
+    if !request.followup.is_empty() {
+        core.wait_for_approval(&request.followup, &session.machine).await;
+        if let Some(member) = core.find_for(&request.node_key, &session.machine) {
+            return Ok(success(&member));
+        }
     }
     let auth_url = core.begin_interactive(applicant)?;
     Ok(RegisterResponse { auth_url, ..RegisterResponse::default() })
+}
+
+/// Does this even when the client goes away meanwhile: what is written must also be known to the rest of the program.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only the end of the runtime cancels it, and this task with it.
+            Err(_) => std::future::pending().await,
+        },
+    }
 }
 
 async fn leave(core: &Core, session: &Session, known: Option<Member>) -> Result<RegisterResponse, Refused> {

@@ -73,6 +73,17 @@ impl Server {
     }
 }
 
+/// What a browser gets.
+async fn get(server: &Server, path: &str) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
 fn of_alice(reusable: bool) -> CreateKey {
     CreateKey { user: Some("alice".into()), reusable, ..CreateKey::default() }
 }
@@ -350,6 +361,11 @@ async fn a_node_without_a_key_waits_until_an_administrator_approves_it() {
     let a = server.machine("a").await;
     let url = a.register(None).await.auth_url;
     assert!(url.starts_with("http://mesh.example.org/register/"), "{url}");
+    let path = url.strip_prefix("http://mesh.example.org").unwrap();
+    let page = get(&server, path).await;
+    let command = format!("lacis admin registrations approve {}", path.strip_prefix("/register/").unwrap());
+    assert!(page.starts_with("HTTP/1.1 200") && page.contains(&command), "{page}");
+    assert!(get(&server, "/register/nobody").await.starts_with("HTTP/1.1 404"));
     let followup = RegisterRequest { followup: url.clone(), ..a.register_request(None) };
     let waiting = a.send(&followup);
     let approve = async {
@@ -405,5 +421,107 @@ async fn clients_that_are_too_old_are_told_to_update() {
     assert_eq!(reply.status(), StatusCode::BAD_REQUEST);
     let text = reply.into_body().collect().await.unwrap().to_bytes();
     assert!(String::from_utf8_lossy(&text).contains("update the client"));
+    server.end().await;
+}
+
+/// Whoever registers may be gone before the answer: what was written then is also known to the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_gives_up_while_it_registers_can_come_again_with_its_single_use_key() {
+    let server = Server::start().await;
+    for n in 0..20 {
+        let key = server.key("lab", of_alice(false)).await;
+        let machine = server.machine(&format!("hasty{n}")).await;
+        let client = machine.client.clone();
+        let request = to_json(&machine.register_request(Some(&key)));
+        let given_up = tokio::spawn(async move { client.post("/machine/register", request).await.is_ok() });
+        tokio::time::sleep(Duration::from_micros(300 * n)).await;
+        given_up.abort();
+        assert_eq!(machine.register(Some(&key)).await.error, "");
+        assert_eq!(server.core.find(&machine.node_key).unwrap().1.name, format!("hasty{n}"));
+    }
+    assert_eq!(server.core.tailnet("lab").unwrap().snapshot().nodes.len(), 20);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_key_is_one_node_whoever_signs_in_with_it() {
+    let server = Server::start().await;
+    let key = server.key("lab", of_alice(true)).await;
+    let mut a = server.machine("a").await;
+    a.register(Some(&key)).await;
+    let before = server.core.find(&a.node_key).unwrap().1;
+
+    // Another user's key needs another node key, which stock clients make when they are told so.
+    let bobs = server.key("lab", CreateKey { user: Some("bob".into()), ..of_alice(true) }).await;
+    let reply = a.register(Some(&bobs)).await;
+    assert_eq!((reply.node_key_expired, reply.machine_authorized), (true, false));
+    let first_key = a.node_key;
+    a.node_key = NodePrivateKey::generate().public();
+    assert_eq!(a.register(Some(&bobs)).await.login.login_name, "bob");
+    assert_ne!(server.core.find(&a.node_key).unwrap().1.id, before.id);
+
+    // A key with tags takes the node over.
+    a.node_key = first_key;
+    let tagged = server.key("lab", CreateKey { tags: vec!["tag:web".into()], ..CreateKey::default() }).await;
+    assert_eq!(a.register(Some(&tagged)).await.login.login_name, "tagged-devices");
+    let after = server.core.find(&a.node_key).unwrap().1;
+    assert_eq!((after.id, after.v4, after.user), (before.id, before.v4, None));
+    assert_eq!(after.tags, ["tag:web"]);
+    assert_eq!(a.register(Some(&tagged)).await.error, "", "it comes back with the same, spent key");
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_signs_in_again_under_another_host_name_gets_that_name() {
+    let server = Server::start().await;
+    let key = server.key("lab", of_alice(true)).await;
+    let mut a = server.machine("old").await;
+    a.register(Some(&key)).await;
+    a.node_key = NodePrivateKey::generate().public();
+    a.hostname = "new".into();
+    a.register(Some(&key)).await;
+    let state = server.end().await;
+    let server = Server::start_in(state).await;
+    let node = server.core.find(&a.node_key).unwrap().1;
+    assert_eq!(node.name, "new");
+    // The name that it gave up is free again.
+    let other = server.machine("old").await;
+    other.register(Some(&key)).await;
+    assert_eq!(server.core.find(&other.node_key).unwrap().1.name, "old");
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn latencies_are_kept_and_told_nobody() {
+    let server = Server::start().await;
+    let key = server.key("lab", of_alice(true)).await;
+    let (a, b) = (server.machine("a").await, server.machine("b").await);
+    a.register(Some(&key)).await;
+    b.register(Some(&key)).await;
+    let mut stream = a.stream().await;
+    stream.next().await.unwrap();
+    let net_info = NetInfo { derp_latency: [("900-v4".to_owned(), 0.25)].into(), ..NetInfo::default() };
+    let mut update = b.map_request(false);
+    update.hostinfo = Some(Hostinfo { net_info: Some(net_info.clone()), ..b.hostinfo() });
+    assert_eq!(b.lite(update.clone()).await, StatusCode::OK);
+    assert_eq!(server.core.find(&b.node_key).unwrap().1.hostinfo.net_info, Some(net_info));
+    update.endpoints = Some(vec!["192.0.2.9:1".parse().unwrap()]);
+    assert_eq!(b.lite(update).await, StatusCode::OK);
+    let frame = stream.next().await.unwrap();
+    assert!(frame.peers_changed_patch.iter().any(|patch| patch.endpoints.is_some()), "{frame:?}");
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_a_node_was_last_seen_survives_a_restart_of_the_server() {
+    let server = Server::start().await;
+    let key = server.key("lab", of_alice(true)).await;
+    let a = server.machine("a").await;
+    a.register(Some(&key)).await;
+    let mut stream = a.stream().await;
+    stream.next().await.unwrap();
+    let server = Server::start_in(server.end().await).await;
+    let node = server.core.find(&a.node_key).unwrap().1;
+    assert!(!node.online && node.last_seen.is_some());
     server.end().await;
 }

@@ -15,6 +15,8 @@ use crate::store::{self, AuthKeyRow, UserRow, Write};
 
 /// How long a key can be used when nothing is said.
 const KEY_LIFETIME_SECONDS: u64 = 24 * 3600;
+/// A hundred years: dates stay dates that can be written.
+const MAX_LIFETIME_SECONDS: u64 = 100 * 365 * 24 * 3600;
 const USER_NAME: usize = 100;
 
 /// Why an administrator's wish is refused, and what to do.
@@ -147,7 +149,7 @@ impl Core {
         }
         let key = auth_key::generate()?;
         let created = now();
-        let lifetime = wish.expiry_seconds.unwrap_or(KEY_LIFETIME_SECONDS);
+        let lifetime = wish.expiry_seconds.unwrap_or(KEY_LIFETIME_SECONDS).min(MAX_LIFETIME_SECONDS);
         let row = AuthKeyRow {
             id: key.id,
             tailnet: tailnet.settings.name.clone(),
@@ -240,13 +242,19 @@ impl Core {
         let stored = self.0.store.commit(vec![Write::UpdateNode(renamed.row(&tailnet.settings.name))]).await;
         let mut locked = tailnet.lock();
         let snapshot = locked.snapshot();
-        let current = snapshot.node(node.id).ok_or_else(|| not_found("node", &node.name))?;
+        let Some(current) = snapshot.node(node.id) else {
+            if locked.state.names.get(&renamed.name) == Some(&node.id) {
+                locked.state.names.remove(&renamed.name);
+            }
+            return Err(not_found("node", &node.name));
+        };
         if let Err(error) = stored {
             if current.name != renamed.name {
                 locked.state.names.remove(&renamed.name);
             }
             return Err(error.into());
         }
+        locked.state.dirty.insert(node.id);
         if current.name != renamed.name {
             locked.state.names.remove(&current.name);
         }

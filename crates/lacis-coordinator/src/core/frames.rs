@@ -139,6 +139,10 @@ fn merge(into: &mut PeerChange, from: &PeerChange) {
         ($($field:ident),*) => { $( if from.$field.is_some() { into.$field.clone_from(&from.$field); } )* };
     }
     take!(cap_map, endpoints, key, disco_key, online, last_seen, key_expiry);
+    if from.online == Some(true) {
+        // A node that is there and was last seen some time ago confuses clients.
+        into.last_seen = None;
+    }
     if from.derp_region != 0 {
         into.derp_region = from.derp_region;
     }
@@ -179,15 +183,17 @@ pub(super) fn delta(
             };
             sums.insert(*node, sum);
         }
+        let itself = snapshot.node(viewer).filter(|_| tell_itself);
         let mut frame = Delta {
             control_time: control_time(),
-            node: snapshot.node(viewer).filter(|_| tell_itself).map(|node| node.self_node(&settings.domain)),
+            node: itself.map(|node| node.self_node(&settings.domain)),
             user_profiles: Vec::new(),
             peers_changed: Vec::new(),
             peers_removed: Vec::new(),
             peers_changed_patch: Vec::new(),
         };
-        let mut users = Vec::new();
+        // It may be somebody else's now.
+        let mut users: Vec<_> = itself.map(|node| node.user).into_iter().collect();
         for (id, sum) in sums {
             match (sum, snapshot.node(id)) {
                 (Sum::Whole, Some(node)) => {
@@ -213,4 +219,24 @@ pub(super) fn delta(
     }
     let cursor = snapshot.head - changes.len() as u64;
     cache.get((cursor, snapshot.head, compression), build).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_came_back_has_not_been_seen_some_time_ago() {
+        let away = PeerChange {
+            online: Some(false),
+            last_seen: Some(OffsetDateTime::UNIX_EPOCH),
+            derp_region: 7,
+            ..PeerChange::default()
+        };
+        let mut sum = away.clone();
+        merge(&mut sum, &PeerChange { online: Some(true), ..PeerChange::default() });
+        assert_eq!((sum.online, sum.last_seen, sum.derp_region), (Some(true), None, 7));
+        merge(&mut sum, &away);
+        assert_eq!(sum, away);
+    }
 }

@@ -20,6 +20,7 @@ pub(super) async fn run(core: Core) {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut ticks = 0_u32;
+    let timeout = i64::try_from(core.0.config.ephemeral_timeout.as_secs()).unwrap_or(i64::MAX);
     loop {
         tokio::select! {
             _ = tick.tick() => {}
@@ -27,8 +28,13 @@ pub(super) async fn run(core: Core) {
         }
         ticks = ticks.wrapping_add(1);
         for tailnet in core.0.tailnets.values() {
-            let gone = sweep(&core, tailnet, now());
+            let gone = sweep(tailnet, timeout, now());
             for node in gone {
+                // It may have come back while others were deleted.
+                let left = tailnet.lock().state.leaving.get(&node.id).copied();
+                if left.is_none_or(|at| at.saturating_add(timeout) > now()) {
+                    continue;
+                }
                 if let Err(error) = core.delete_node(tailnet, &node).await {
                     tracing::warn!(node = %node.name, %error, "deleting an ephemeral node");
                 }
@@ -42,8 +48,7 @@ pub(super) async fn run(core: Core) {
 }
 
 /// Marks what is away or expired, and returns the ephemeral nodes whose time is over.
-fn sweep(core: &Core, tailnet: &Tailnet, now: i64) -> Vec<Arc<NodeRecord>> {
-    let timeout = i64::try_from(core.0.config.ephemeral_timeout.as_secs()).unwrap_or(i64::MAX);
+fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRecord>> {
     let mut gone = Vec::new();
     let mut locked = tailnet.lock();
     let snapshot = locked.snapshot();
@@ -78,19 +83,34 @@ fn sweep(core: &Core, tailnet: &Tailnet, now: i64) -> Vec<Arc<NodeRecord>> {
     gone
 }
 
+/// Notes when the nodes that are here were last seen: they will find no server in a moment.
+pub(super) fn note_last_seen(core: &Core) {
+    for tailnet in core.0.tailnets.values() {
+        let mut locked = tailnet.lock();
+        for node in locked.snapshot().nodes.iter().filter(|node| node.online) {
+            locked.note(NodeRecord { last_seen: Some(now()), ..(**node).clone() });
+            locked.state.dirty.insert(node.id);
+        }
+    }
+}
+
 /// Writes what nodes said of themselves since the last time.
 pub(super) async fn flush(core: &Core) {
     for tailnet in core.0.tailnets.values() {
-        let writes: Vec<_> = {
+        let (dirty, writes) = {
             let mut locked = tailnet.lock();
             let dirty = std::mem::take(&mut locked.state.dirty);
             let snapshot = locked.snapshot();
-            let rows = dirty.into_iter().filter_map(|id| snapshot.node(id));
-            rows.map(|node| Write::UpdateNode(node.row(&tailnet.settings.name))).collect()
+            let rows = dirty.iter().filter_map(|id| snapshot.node(*id));
+            let writes: Vec<_> =
+                rows.map(|node| Write::UpdateNode(node.row(&tailnet.settings.name))).collect();
+            (dirty, writes)
         };
         if !writes.is_empty()
             && let Err(error) = core.0.store.commit(writes).await
         {
+            // They are tried again next time.
+            tailnet.lock().state.dirty.extend(dirty);
             tracing::warn!(tailnet = tailnet.settings.name, %error, "what nodes said of themselves was not written");
         }
     }

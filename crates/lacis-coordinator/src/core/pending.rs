@@ -9,16 +9,10 @@ use tokio::sync::watch;
 
 /// After this nobody waits any more, and the client asks for a new page.
 const LIFETIME_SECONDS: i64 = 15 * 60;
-/// Anybody can begin a registration: beyond this many the oldest gives way.
+/// Anybody can begin a registration: beyond this many the oldest gives way, and of each only little is kept.
 const LIMIT: usize = 1024;
-
-/// How a registration ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Registered {
-    #[default]
-    Waiting,
-    Approved,
-}
+/// The longest text of a host that is kept.
+const TEXT: usize = 255;
 
 /// One that waits.
 #[derive(Clone, Debug)]
@@ -29,7 +23,7 @@ pub(super) struct Waiting {
     pub hostinfo: Hostinfo,
     pub version: u16,
     pub created: i64,
-    verdict: watch::Sender<Registered>,
+    approved: watch::Sender<bool>,
 }
 
 /// All that wait, by id.
@@ -69,10 +63,15 @@ impl Pending {
             id: id.clone(),
             machine,
             node_key,
-            hostinfo,
+            // The rest comes with the first map request.
+            hostinfo: Hostinfo {
+                hostname: hostinfo.hostname.chars().take(TEXT).collect(),
+                os: hostinfo.os.chars().take(TEXT).collect(),
+                ..Hostinfo::default()
+            },
             version,
             created: now,
-            verdict: watch::Sender::default(),
+            approved: watch::Sender::default(),
         };
         waiting.insert(id.clone(), one);
         Ok(id)
@@ -91,22 +90,18 @@ impl Pending {
     /// Ends the wait.
     pub(super) fn approve(&self, id: &str) {
         if let Some(one) = self.lock().remove(id) {
-            one.verdict.send_replace(Registered::Approved);
+            one.approved.send_replace(true);
         }
     }
 
     /// Waits until somebody decides, or nobody will.
-    pub(super) async fn wait(&self, id: &str, machine: &MachineKey) -> Registered {
-        let Some(mut verdict) =
-            self.lock().get(id).filter(|one| one.machine == *machine).map(|one| one.verdict.subscribe())
-        else {
-            return Registered::Waiting;
-        };
-        // The sender goes when the registration is forgotten.
-        verdict
-            .wait_for(|now| *now == Registered::Approved)
-            .await
-            .map_or(Registered::Waiting, |verdict| *verdict)
+    pub(super) async fn wait(&self, id: &str, machine: &MachineKey) {
+        let approved =
+            self.lock().get(id).filter(|one| one.machine == *machine).map(|one| one.approved.subscribe());
+        if let Some(mut approved) = approved {
+            // The sender goes when the registration is forgotten.
+            let _ = approved.wait_for(|approved| *approved).await;
+        }
     }
 
     pub(super) fn forget_old(&self, now: i64) {

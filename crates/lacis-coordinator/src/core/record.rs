@@ -17,6 +17,9 @@ use crate::store::{NodeFacts, NodeRow, UserRow};
 /// Tagged nodes belong to nobody; clients want a user all the same. The number is the one Headscale uses.
 pub const TAGGED_USER: UserId = UserId(2_147_455_555);
 
+/// Members of a host's facts that peers are not sent.
+const PRIVATE: [&str; 2] = ["PushDeviceToken", "TPM"];
+
 /// A person.
 #[derive(Clone, Debug)]
 pub struct UserRecord {
@@ -173,6 +176,10 @@ impl NodeRecord {
         let home = if self.expired { 0 } else { self.home_derp() };
         let mut hostinfo = (*self.hostinfo).clone();
         hostinfo.net_info = None;
+        // What is between the node and its maker, or us, is not for its peers.
+        hostinfo.frontend_log_id.clear();
+        hostinfo.backend_log_id.clear();
+        hostinfo.other.retain(|name, _| !PRIVATE.contains(&name.as_str()));
         Node {
             id: self.id,
             stable_id: self.id.to_string(),

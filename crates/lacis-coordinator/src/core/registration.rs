@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
-use super::{Core, Registered, auth_key, names, now};
+use super::{Core, auth_key, names, now};
 use crate::store::{self, AuthKeyRow, NodeFacts, NodeRow, Write};
 
 /// Why a node may not join. The texts are those that users know from other servers of this protocol.
@@ -26,6 +26,10 @@ pub enum Refused {
     KeyRevoked,
     #[error("node key is in use by another machine")]
     ForeignKey,
+    #[error("this node key belongs to another node of this machine: sign in with a new one")]
+    OtherNode,
+    #[error("this node was deleted just now; try again")]
+    Deleted,
     #[error("a node key of zeros is no identity")]
     ZeroKey,
     #[error("requested tags are invalid or not permitted: the auth key decides the tags of a node")]
@@ -77,6 +81,11 @@ impl Core {
         {
             return Ok(self.refresh(&tailnet, node, applicant));
         }
+        // A key with tags takes a node over from its user: it stays the same node.
+        let existing = existing.or_else(|| match self.find(&applicant.node_key) {
+            Some((of, node)) if user.is_none() && Arc::ptr_eq(&of, &tailnet) => Some(node),
+            _ => None,
+        });
         if existing.is_none() && !applicant.hostinfo.request_tags.is_empty() && key.user.is_some() {
             return Err(Refused::Tags);
         }
@@ -137,14 +146,17 @@ impl Core {
     }
 
     /// Waits until somebody decided about a registration that was begun before.
-    pub async fn wait_for_approval(&self, url: &str, machine: &MachineKey) -> Registered {
+    pub async fn wait_for_approval(&self, url: &str, machine: &MachineKey) {
         let id = url.rsplit('/').next().unwrap_or_default();
-        self.0.pending.wait(id, machine).await
+        tokio::select! {
+            () = self.0.pending.wait(id, machine) => {}
+            () = self.0.token.cancelled() => {}
+        }
     }
 
-    /// Is this the id of a registration that waits? For the page that says so.
-    pub fn is_pending(&self, id: &str) -> bool {
-        self.0.pending.get(id).is_some()
+    /// The host name of a registration that waits, for the page that says so.
+    pub fn pending_host(&self, id: &str) -> Option<String> {
+        self.0.pending.get(id).map(|waiting| waiting.hostinfo.hostname)
     }
 
     /// A node signs out. An ephemeral one is gone then; another keeps its place and needs a new key to come back.
@@ -166,6 +178,7 @@ impl Core {
         let ended = NodeRecord { key_expiry: Some(at), expired: at <= now(), ..node.clone() };
         self.0.store.commit(vec![Write::UpdateNode(ended.row(&tailnet.settings.name))]).await?;
         let mut locked = tailnet.lock();
+        locked.state.dirty.insert(node.id);
         if let Some(current) = locked.snapshot().node(node.id) {
             let key_expiry = OffsetDateTime::from_unix_timestamp(at).ok();
             let patch =
@@ -225,6 +238,7 @@ impl Core {
     pub fn refresh(&self, tailnet: &Arc<Tailnet>, node: &NodeRecord, applicant: Applicant) -> Member {
         self.0.registrations.inc();
         let mut locked = tailnet.lock();
+        locked.state.stay(node.id);
         let snapshot = locked.snapshot();
         let current = snapshot.node(node.id).map_or_else(|| Arc::new(node.clone()), Arc::clone);
         let hostinfo = merged(&current.hostinfo, applicant.hostinfo);
@@ -257,20 +271,30 @@ impl Core {
         identity: Identity,
     ) -> Result<Member, Refused> {
         let key_expiry = self.expiry(&identity, applicant.expiry);
+        // One node key is one node, in all networks. The client is told to make another key.
+        match (self.find(&applicant.node_key), &existing) {
+            (Some((_, holder)), Some(node)) if holder.id == node.id => {}
+            (Some(_), _) => return Err(Refused::OtherNode),
+            (None, _) => {}
+        }
         let mut writes: Vec<_> = identity.auth_key.clone().map(Write::SpendKey).into_iter().collect();
         let node = match existing {
             Some(old) => {
-                let node = NodeRecord {
+                let hostinfo = Arc::new(merged(&old.hostinfo, applicant.hostinfo));
+                // Made twice: of the record as it is now, to be written, and of what it is after that.
+                let renewed = |of: &NodeRecord| NodeRecord {
                     node_key: applicant.node_key,
-                    hostinfo: Arc::new(merged(&old.hostinfo, applicant.hostinfo)),
+                    user: identity.user,
+                    hostinfo: Arc::clone(&hostinfo),
                     cap: applicant.version,
-                    tags: identity.tags,
+                    tags: identity.tags.clone(),
                     ephemeral: identity.ephemeral,
-                    auth_key: identity.auth_key,
+                    auth_key: identity.auth_key.clone(),
                     key_expiry,
                     expired: false,
-                    ..(*old).clone()
+                    ..of.clone()
                 };
+                let node = renewed(&old);
                 writes.push(Write::UpdateNode(node.row(&tailnet.settings.name)));
                 self.0.store.commit(writes).await.map_err(spent)?;
                 self.index(|keys| {
@@ -281,9 +305,21 @@ impl Core {
                     self.revoked(&old.node_key);
                 }
                 let mut locked = tailnet.lock();
-                // Whether it is online may have changed while it was written.
-                let online = locked.snapshot().node(node.id).is_some_and(|node| node.online);
-                locked.put(NodeRecord { online, ..node }, What::Whole)
+                let snapshot = locked.snapshot();
+                let Some(current) = snapshot.node(node.id) else {
+                    drop(locked);
+                    self.index(|keys| {
+                        keys.remove(&node.node_key);
+                    });
+                    return Err(Refused::Deleted);
+                };
+                let name = follow_name(&mut locked.state.names, current, &hostinfo.hostname);
+                locked.state.stay(node.id);
+                if node.ephemeral && !locked.state.sessions.contains_key(&node.id) {
+                    locked.state.leaving.entry(node.id).or_insert_with(now);
+                }
+                locked.state.dirty.insert(node.id);
+                locked.put(NodeRecord { name, ..renewed(current) }, What::Whole)
             }
             None => {
                 let reserved = Reserved::new(tailnet, self.next_node(), &applicant.hostinfo.hostname)?;

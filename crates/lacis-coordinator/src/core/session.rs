@@ -46,7 +46,8 @@ pub enum Next {
 }
 
 impl Core {
-    /// Opens a stream, marks the node online, and gives the first frame.
+    /// Opens a stream, marks the node online, and gives the first frame; `None` when the node has just gone or
+    /// has another key by now.
     ///
     /// # Errors
     /// When the frame cannot be encoded.
@@ -55,7 +56,7 @@ impl Core {
         tailnet: &Arc<Tailnet>,
         node: &NodeRecord,
         compression: Compression,
-    ) -> Result<(Subscription, Bytes), mapframe::Error> {
+    ) -> Result<Option<(Subscription, Bytes)>, mapframe::Error> {
         let mut locked = tailnet.lock();
         *locked.state.sessions.entry(node.id).or_default() += 1;
         locked.state.leaving.remove(&node.id);
@@ -71,7 +72,7 @@ impl Core {
             head: tailnet.watch(),
             token: self.0.token.clone(),
         };
-        let current = locked.snapshot().node(node.id).cloned();
+        let current = locked.snapshot().node(node.id).filter(|now| now.node_key == node.node_key).cloned();
         if let Some(current) = current.filter(|current| !current.online) {
             let online = NodeRecord { online: true, ..(*current).clone() };
             let patch = PeerChange { node_id: node.id, online: Some(true), ..PeerChange::default() };
@@ -79,7 +80,7 @@ impl Core {
         }
         drop(locked);
         let first = subscription.whole()?;
-        Ok((subscription, first.unwrap_or_default()))
+        Ok(first.map(|first| (subscription, first)))
     }
 
     /// One frame with everything, without a stream.
@@ -124,6 +125,8 @@ impl Subscription {
                 () = self.token.cancelled() => return Ok(Next::End),
             }
             let frame = match self.tailnet.since(self.cursor) {
+                // Clients take a list without peers for "as before": where all have gone, only a new stream says so.
+                Since::Lost if self.tailnet.snapshot().nodes.len() < 2 => return Ok(Next::End),
                 Since::Lost => match self.whole()? {
                     Some(frame) => Some(frame),
                     None => return Ok(Next::End),

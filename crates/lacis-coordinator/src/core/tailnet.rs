@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::addresses::Addresses;
 use super::frames::FrameCache;
 use super::record::{NodeRecord, TAGGED_USER, UserRecord, tagged_profile};
+use super::{names, now};
 
 /// Changes that the log remembers: a listener further behind is sent everything.
 const LOG: usize = 2048;
@@ -90,6 +91,15 @@ pub struct State {
     log: VecDeque<Change>,
 }
 
+impl State {
+    /// A node that is away shows that it is alive: the time that it may be away begins anew.
+    pub fn stay(&mut self, node: NodeId) {
+        if let Some(since) = self.leaving.get_mut(&node) {
+            *since = (*since).max(now());
+        }
+    }
+}
+
 /// A network.
 #[derive(Debug)]
 pub struct Tailnet {
@@ -116,15 +126,21 @@ pub enum Since {
 }
 
 impl Tailnet {
-    pub fn new(settings: Settings, users: Vec<UserRecord>, nodes: Vec<NodeRecord>) -> Self {
+    pub fn new(settings: Settings, users: Vec<UserRecord>, mut nodes: Vec<NodeRecord>) -> Self {
         let mut state = State::default();
-        for node in &nodes {
+        nodes.sort_by_key(|node| node.id);
+        for node in &mut nodes {
             state.addresses.take(node.v4);
+            // Names that follow their hosts are written later than they are given: after a crash two nodes may
+            // have the same one in the database.
+            if state.names.contains_key(&node.name) {
+                node.name = names::free(&node.name, |name| state.names.contains_key(name));
+                state.dirty.insert(node.id);
+            }
             state.names.insert(node.name.clone(), node.id);
             state.by_machine.entry(node.machine_key).or_default().push(node.id);
         }
-        let mut nodes: Vec<_> = nodes.into_iter().map(Arc::new).collect();
-        nodes.sort_by_key(|node| node.id);
+        let nodes = nodes.into_iter().map(Arc::new).collect();
         let users = users.into_iter().map(|user| (user.id, Arc::new(user))).collect();
         Self {
             settings,
@@ -194,6 +210,15 @@ impl Editing<'_> {
         node
     }
 
+    /// Puts a node in place of the one with its id without telling anybody: what changed is seen by nobody else.
+    pub fn note(&mut self, node: NodeRecord) {
+        let mut next = (*self.snapshot()).clone();
+        if let Ok(at) = next.nodes.binary_search_by_key(&node.id, |node| node.id) {
+            next.nodes[at] = Arc::new(node);
+            self.tailnet.current.store(Arc::new(next));
+        }
+    }
+
     /// Takes a node out, and gives its name and addresses back.
     pub fn remove(&mut self, node: &NodeRecord) {
         let id = node.id;
@@ -218,5 +243,59 @@ impl Editing<'_> {
         let mut next = (*self.snapshot()).clone();
         edit(&mut next.users);
         self.tailnet.current.store(Arc::new(next));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lacis_wire::key::{MachinePrivateKey, NodePrivateKey};
+
+    use super::*;
+    use crate::store::{NodeFacts, NodeRow};
+
+    fn node(id: i64, name: &str) -> NodeRecord {
+        NodeRecord::from_row(NodeRow {
+            id,
+            tailnet: "lab".to_owned(),
+            node_key: NodePrivateKey::generate().public(),
+            machine_key: MachinePrivateKey::generate().public(),
+            user: None,
+            name: name.to_owned(),
+            name_is_given: false,
+            v4: [100, 64, 0, u8::try_from(id).unwrap()].into(),
+            v6: [0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, u16::try_from(id).unwrap()].into(),
+            auth_key: None,
+            created: 0,
+            record: NodeFacts::default(),
+        })
+    }
+
+    fn network(nodes: Vec<NodeRecord>) -> Tailnet {
+        let settings = Settings {
+            name: "lab".to_owned(),
+            domain: "lab.example.com".to_owned(),
+            derp_map: RawValue::NULL.to_owned(),
+            dns: RawValue::NULL.to_owned(),
+        };
+        Tailnet::new(settings, Vec::new(), nodes)
+    }
+
+    #[test]
+    fn of_two_nodes_with_one_name_the_newer_gets_another() {
+        let network = network(vec![node(2, "a"), node(1, "a"), node(3, "a-1")]);
+        let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
+        assert_eq!(names, ["a", "a-1", "a-1-1"]);
+        let locked = network.lock();
+        assert_eq!(locked.state.dirty, [NodeId(2), NodeId(3)].into());
+    }
+
+    #[test]
+    fn what_is_only_noted_is_in_the_snapshot_and_not_in_the_log() {
+        let network = network(vec![node(1, "a")]);
+        let first = network.snapshot();
+        network.lock().note(NodeRecord { last_seen: Some(7), ..(*first.nodes[0]).clone() });
+        assert_eq!(network.snapshot().nodes[0].last_seen, Some(7));
+        assert_eq!(network.snapshot().head, first.head);
+        assert!(matches!(network.since(first.head), Since::Changes(changes, _) if changes.is_empty()));
     }
 }

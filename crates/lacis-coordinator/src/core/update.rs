@@ -51,7 +51,7 @@ impl Core {
         } else if patch != nothing {
             locked.put(next, What::Patch(patch));
         } else if only_kept {
-            locked.put(next, What::Patch(nothing));
+            locked.note(next);
         } else {
             return;
         }
