@@ -34,7 +34,10 @@ impl Worker {
             }
             Command::Path(key, path) => self.set_path(key, path),
             Command::Filter(filter) => self.filter = filter,
-            Command::LocalAddresses(addresses) => self.local = addresses,
+            Command::LocalAddresses(addresses) => {
+                self.local = addresses;
+                self.checked_source = None;
+            }
             Command::SendUdp(to, data) => {
                 let sent = self.sinks.sockets.send(to, &data, data.len(), self.now.instant);
                 self.shared.counters.udp_send_errors.add(sent.errors);

@@ -9,6 +9,7 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use lacis_wire::key::NodeKey;
 
 use super::Worker;
+use super::outbound::{QUAD100_V4, QUAD100_V6};
 use crate::config::Path;
 use crate::filter::{DropReason, Verdict};
 use crate::outputs::Event;
@@ -72,6 +73,11 @@ impl Parked {
 
 fn number(data: &[u8], at: usize) -> u32 {
     data.get(at..at + 4).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
+
+/// Our own addresses and the resolver's. No peer speaks from them, not even one that stands for the whole internet.
+fn is_ours(local: &[IpAddr], source: IpAddr) -> bool {
+    source == QUAD100_V4 || source == QUAD100_V6 || local.contains(&source)
 }
 
 /// STUN or disco by the first bytes.
@@ -330,7 +336,7 @@ impl Worker {
     fn opened(&mut self, slot: u32, len: usize, source: IpAddr) {
         let counters = &self.shared.counters;
         if self.checked_source != Some((source, slot)) {
-            if self.peers.route(source) != Some(slot) {
+            if self.peers.route(source) != Some(slot) || is_ours(&self.local, source) {
                 counters.in_wrong_source.add(1);
                 return;
             }
@@ -376,6 +382,15 @@ impl Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_speaks_from_our_addresses_or_the_resolvers() {
+        let local = [IpAddr::from([100, 64, 0, 1])];
+        for ours in ["100.64.0.1", "100.100.100.100", "fd7a:115c:a1e0::53"] {
+            assert!(is_ours(&local, ours.parse().unwrap()), "{ours}");
+        }
+        assert!(!is_ours(&local, IpAddr::from([100, 64, 0, 2])));
+    }
 
     #[test]
     fn stun_and_disco_are_told_from_wireguard() {

@@ -16,8 +16,8 @@ use crate::segment::{VnetHeader, segment};
 use crate::sinks::{Sinks, sealed_len};
 
 /// Where the resolver answers.
-const QUAD100_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100));
-const QUAD100_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53));
+pub(super) const QUAD100_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100));
+pub(super) const QUAD100_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53));
 /// Between two [`Event::PeerActive`] of a peer.
 const TELL_ACTIVE: Duration = Duration::from_secs(2);
 /// Packets kept for a peer that has no path yet: enough to begin a few connections.
