@@ -44,6 +44,8 @@ use paths::Pings;
 
 /// Housekeeping: idle relays, expiry, saving the map, measuring the network again.
 const TICK: Duration = Duration::from_secs(5);
+/// The map is saved no more often than this: in a large network something changes all the time.
+const SAVE_MAP: Duration = Duration::from_secs(15);
 /// Commands that may wait.
 const COMMANDS: usize = 64;
 
@@ -153,6 +155,8 @@ pub(crate) struct Engine {
     saved: Saved,
     /// As it is on disk. It has the keys.
     on_disk: Zeroizing<Vec<u8>>,
+    /// Saving failed; it is tried again at the next tick.
+    disk_trouble: bool,
     host_facts: Hostinfo,
     tunnel: Tunnel,
     relays: Relays,
@@ -177,6 +181,7 @@ pub(crate) struct Engine {
     session: Session,
     map: Option<NetMap>,
     map_unsaved: bool,
+    map_saved: Option<Instant>,
     /// Nodes whose keys had expired when it was looked last.
     expired: Vec<NodeId>,
     /// Whether the host is as it was told to be.
@@ -207,6 +212,7 @@ impl Engine {
             host_facts: hostinfo::read(&parts.saved.log_id),
             boxes: disco::Boxes::new(parts.saved.disco_key.clone()),
             on_disk,
+            disk_trouble: false,
             dir: parts.dir,
             saved: parts.saved,
             tunnel: parts.tunnel,
@@ -225,6 +231,7 @@ impl Engine {
             session: Session::default(),
             map: None,
             map_unsaved: false,
+            map_saved: None,
             host_ready: false,
             host_trouble: None,
             report: NetcheckReport::default(),
@@ -273,6 +280,7 @@ impl Engine {
         self.control = None;
         self.relays.set_identity(None);
         self.save_map();
+        self.disk_trouble = false;
         self.save();
         ended
     }
@@ -363,7 +371,10 @@ impl Engine {
         relay_trouble.retain(|region, _| relays.is_open(*region));
         self.pings.forget_abandoned();
         self.follow_expiry();
-        self.save_map();
+        if self.map_saved.is_none_or(|at| at.elapsed() >= SAVE_MAP) {
+            self.save_map();
+        }
+        self.disk_trouble = false;
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
         }
@@ -412,12 +423,15 @@ impl Engine {
 
     fn save(&mut self) {
         let now = encoded(&self.saved);
-        if now == self.on_disk {
+        if now == self.on_disk || self.disk_trouble {
             return;
         }
         match self.dir.save(&self.saved) {
             Ok(()) => self.on_disk = now,
-            Err(error) => tracing::error!(%error, "the state is not saved"),
+            Err(error) => {
+                tracing::error!(%error, "the state is not saved; trying again");
+                self.disk_trouble = true;
+            }
         }
     }
 
@@ -425,6 +439,7 @@ impl Engine {
         if !std::mem::take(&mut self.map_unsaved) {
             return;
         }
+        self.map_saved = Some(Instant::now());
         if let Some(map) = &self.map
             && let Err(error) = self.dir.save_netmap(&map.to_message())
         {

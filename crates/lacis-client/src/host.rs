@@ -91,9 +91,7 @@ impl Host {
     pub async fn new(options: HostOptions) -> Result<Self, HostError> {
         let resolver = OsResolver::detect(&options).await;
         tracing::info!(resolver = resolver.name(), "this host's resolver");
-        let mut network = Network::open(options)?;
-        network.revert().await;
-        Ok(Self { network, resolver, applied: None, told: None })
+        Ok(Self { network: Network::open(options)?, resolver, applied: None, told: None })
     }
 
     /// Makes the host look like this. Doing it twice changes nothing.
@@ -114,6 +112,8 @@ impl Host {
             return Ok(());
         }
         let index = self.network.index().await.map_err(|error| error.to_string())?;
+        // Until it is done, what is there is neither the old nor the new.
+        self.told = Some(OsDns::default());
         let done = match dns {
             Some(dns) => self.resolver.set(index, dns).await,
             None => self.resolver.revert().await,

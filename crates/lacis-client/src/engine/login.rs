@@ -76,6 +76,15 @@ fn is_hostname(name: &str) -> bool {
     name.len() <= HOSTNAME && name.split('.').all(label)
 }
 
+/// What to do about a refusal, as far as its words tell.
+fn way_out(reason: &str) -> &'static str {
+    if reason.contains("authkey") || reason.contains("auth key") {
+        " (make a new key: `lacis admin keys create` on the coordinator)"
+    } else {
+        ""
+    }
+}
+
 impl Engine {
     pub(super) fn visible_prefs(&self) -> Prefs {
         let identity = lacis_wire::local::Identity {
@@ -113,6 +122,9 @@ impl Engine {
             return Err("log out before going to another --login-server, or use --force-reauth".to_owned());
         }
         let turned_on = prefs.want_running && change.0.get("WantRunningSet").is_some();
+        if !prefs.want_running {
+            self.trouble = None;
+        }
         self.set_prefs(prefs);
         if turned_on {
             self.retry_at = None;
@@ -134,12 +146,14 @@ impl Engine {
         self.was_ready = false;
         self.trouble = None;
         self.retry_at = None;
+        // An expired key is not offered again: an auth key that can be used once would be spent on it.
+        let expired = self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc()));
         if !options.auth_key.is_empty() {
-            let new_key = self.saved.node_key.is_none();
+            let new_key = self.saved.node_key.is_none() || expired;
             self.login(Some(AuthKey::new(options.auth_key)), new_key);
         } else if self.saved.node_key.is_some() {
-            // Ask the server again: it may want more than before, or a new key in place of an expired one.
-            self.login(None, false);
+            // Ask the server again: it may want more than before.
+            self.login(None, expired);
         }
         Ok(())
     }
@@ -294,7 +308,7 @@ impl Engine {
     }
 
     fn refused(&mut self, reason: &str) {
-        let text = format!("the control server refuses this node: {reason}");
+        let text = format!("the control server refuses this node: {reason}{}", way_out(reason));
         tracing::warn!(error = %text);
         self.control = None;
         self.auth_url = None;
@@ -364,6 +378,7 @@ impl Engine {
         self.map = None;
         self.session = Session::default();
         self.map_unsaved = false;
+        self.map_saved = None;
         self.announced_home = 0;
         self.was_ready = false;
         // Regions of another network are others, whatever their numbers.
