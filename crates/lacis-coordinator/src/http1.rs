@@ -6,7 +6,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,9 +42,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Waiting connections: a mass reconnect comes at once.
 const BACKLOG: i32 = 4096;
 
-/// Binds a TCP listener; `[::]` serves both families, whatever the host's default is.
+/// Binds a TCP listener; `[::]` serves both families, whatever the host's default is, unless `others` have 0.0.0.0.
 pub(crate) fn listen(
     address: SocketAddr,
+    others: &[SocketAddr],
     what: &'static str,
     key: &'static str,
 ) -> Result<TcpListener, Error> {
@@ -54,7 +55,8 @@ pub(crate) fn listen(
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
         if address.is_ipv6() {
-            socket.set_only_v6(!address.ip().is_unspecified())?;
+            let other = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+            socket.set_only_v6(!address.ip().is_unspecified() || others.contains(&other))?;
         }
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
@@ -173,5 +175,22 @@ impl Listeners {
         if let Err(error) = ended {
             tracing::debug!(%remote, error = &error as &dyn std::error::Error, "HTTP connection ended");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn both_families_can_be_listened_on_one_by_one_or_together() {
+        let together = listen("[::]:0".parse().unwrap(), &[], "clients", "listen").unwrap();
+        let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, together.local_addr().unwrap().port()));
+        TcpStream::connect(v4).await.unwrap();
+
+        let one = listen("0.0.0.0:0".parse().unwrap(), &[], "clients", "listen").unwrap();
+        let v4 = one.local_addr().unwrap();
+        let v6 = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, v4.port()));
+        listen(v6, &[v4, v6], "clients", "listen").unwrap();
     }
 }

@@ -66,8 +66,9 @@ impl Service {
         let noise_key = state.noise_key()?;
 
         let mut listeners = Vec::new();
-        for address in &config.listen {
-            listeners.push(listen(address.0, "clients", "listen")?);
+        let addresses: Vec<_> = config.listen.iter().map(|address| address.0).collect();
+        for address in &addresses {
+            listeners.push(listen(*address, &addresses, "clients", "listen")?);
         }
         let metrics = match config.metrics() {
             Some((address, given)) => metrics_listener(address, given)?,
@@ -196,7 +197,7 @@ fn bind_stun(address: SocketAddr) -> Result<stun::Server, Error> {
 
 /// The default port is also Prometheus' own: when nobody asked for it, having it is not worth a failure.
 fn metrics_listener(address: SocketAddr, given: bool) -> Result<Option<TcpListener>, Error> {
-    match listen(address, "metrics", "metrics_listen") {
+    match listen(address, &[], "metrics", "metrics_listen") {
         Ok(listener) => Ok(Some(listener)),
         Err(error) if !given => {
             tracing::warn!(%error, "metrics are not served");
