@@ -191,10 +191,17 @@ let
           "lacis/tls/key.pem" = {
             source = "${pki}/${name}-key.pem";
             mode = "0440";
-            group = if lib.elem "coordinator" services then "lacis" else "root";
+            group = "lacis-tls";
           };
         })
       ];
+      users.groups.lacis-tls = { };
+      systemd.services = lib.genAttrs (map (service: "lacis-${service}") (
+        lib.intersectLists services [
+          "coordinator"
+          "relay"
+        ]
+      )) (_: { serviceConfig.SupplementaryGroups = [ "lacis-tls" ]; });
       services.lacis = lib.throwIf (unknown != [ ])
         "hosts.${name}: virtual machines do not run ${toString unknown} yet"
         {

@@ -13,7 +13,7 @@ use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, head, post};
-use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderName, StatusCode};
 use lacis_wire::control::{DerpMap, OverTlsKeys, VerifyRequest, VerifyResponse, decode_request, to_json};
 use lacis_wire::key::MachineKey;
@@ -99,7 +99,10 @@ struct KeyQuery {
 
 async fn key(Query(query): Query<KeyQuery>, keys: Vec<u8>) -> Response {
     match query.v.as_deref().map(str::parse::<u32>) {
-        Some(Ok(version)) if version >= FIRST_NOISE_VERSION => json(keys).into_response(),
+        // Clients in browsers come from pages of any origin; the key is no secret.
+        Some(Ok(version)) if version >= FIRST_NOISE_VERSION => {
+            ([(ACCESS_CONTROL_ALLOW_ORIGIN, "*")], json(keys)).into_response()
+        }
         Some(Ok(_)) => StatusCode::OK.into_response(),
         _ => (StatusCode::BAD_REQUEST, "the version is missing: /key?v=NUMBER\n").into_response(),
     }

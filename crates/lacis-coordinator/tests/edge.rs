@@ -108,6 +108,7 @@ async fn strangers_get_the_outer_routes_and_never_the_inner_ones() {
     }
     let (status, headers, body) = server.ask("GET", "/key?v=113", "").await;
     assert_eq!((status, &headers["content-type"]), (StatusCode::OK, &"application/json".parse().unwrap()));
+    assert_eq!(headers["access-control-allow-origin"], "*");
     let zeros = "0".repeat(64);
     assert!(
         body.starts_with(&format!("{{\"legacyPublicKey\":\"mkey:{zeros}\",\"publicKey\":\"mkey:")),

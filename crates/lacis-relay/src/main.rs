@@ -6,9 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lacis_relay::config::{AdmissionConfig, Config};
-use lacis_relay::serve::{Service, load_certificate};
-use lacis_relay::verify::VerifyUrl;
+use lacis_relay::config::Config;
+use lacis_relay::serve::Service;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -63,15 +62,8 @@ fn main() -> ExitCode {
 type Failure = (u8, anyhow::Error);
 
 fn check(path: &std::path::Path) -> Result<(), Failure> {
-    let check = || -> Result<(), lacis_relay::Error> {
-        let config = Config::load(path)?;
-        load_certificate(&config)?;
-        if let AdmissionConfig::VerifyUrl(url) = &config.admission {
-            VerifyUrl::new(url)?;
-        }
-        Ok(())
-    };
-    check().map_err(|error| (EXIT_CONFIG, error.into()))?;
+    // The file alone: where it is checked (a build of NixOS) the certificate and the system's roots need not be.
+    Config::load(path).map_err(|error| (EXIT_CONFIG, error.into()))?;
     println!("{}: the configuration can be used", path.display());
     Ok(())
 }

@@ -104,7 +104,11 @@ fn core_tailnet(name: &str, tailnet: &Tailnet) -> TailnetConfig {
         magic_dns: dns.magic_dns,
         nameservers: texts(&dns.nameservers),
         override_local_dns: dns.override_local_dns,
-        split: dns.split.iter().map(|(suffix, servers)| (suffix.clone(), texts(servers))).collect(),
+        split: dns
+            .split
+            .iter()
+            .map(|(suffix, servers)| (suffix.trim_end_matches('.').to_ascii_lowercase(), texts(servers)))
+            .collect(),
         search_domains: dns.search_domains.iter().map(|domain| domain.0.clone()).collect(),
         extra_records: dns
             .extra_records
