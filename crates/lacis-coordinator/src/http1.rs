@@ -5,8 +5,7 @@
 //! and have none of these limits.
 
 use std::convert::Infallible;
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use ipnet::IpNet;
+use lacis_relay::bind;
 use lacis_relay::readahead::ReadAhead;
 use lacis_relay::server::{RemoteAddr, tune_socket};
 use rustls::ServerConfig;
@@ -39,30 +39,15 @@ const MAX_HEAD: usize = 16 << 10;
 const MAX_CONNECTIONS: usize = 4096;
 /// Pause after the system could not give a connection (out of descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Waiting connections: a mass reconnect comes at once.
-const BACKLOG: i32 = 4096;
 
-/// Binds a TCP listener; `[::]` serves both families, whatever the host's default is, unless `others` have 0.0.0.0.
+/// Binds a TCP listener that a key of the configuration names; `all` as for [`bind::tcp`].
 pub(crate) fn listen(
     address: SocketAddr,
-    others: &[SocketAddr],
+    all: &[SocketAddr],
     what: &'static str,
     key: &'static str,
 ) -> Result<TcpListener, Error> {
-    let bind = || -> io::Result<TcpListener> {
-        let socket =
-            socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
-        if address.is_ipv6() {
-            let other = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
-            socket.set_only_v6(!address.ip().is_unspecified() || others.contains(&other))?;
-        }
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        TcpListener::from_std(socket.into())
-    };
-    bind().map_err(|source| Error::Listen { address, what, key, source })
+    bind::tcp(address, all).map_err(|source| Error::Listen { address, what, key, source })
 }
 
 /// Calls a router with something added to each request's extensions.

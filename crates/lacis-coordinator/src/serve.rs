@@ -76,8 +76,10 @@ impl Service {
         };
         let embedded = config.embedded();
         let mut stun = Vec::new();
-        for address in embedded.iter().flat_map(|relay| &relay.stun_listen) {
-            stun.push(bind_stun(address.0)?);
+        let addresses: Vec<_> =
+            embedded.iter().flat_map(|relay| &relay.stun_listen).map(|address| address.0).collect();
+        for address in &addresses {
+            stun.push(bind_stun(*address, &addresses)?);
         }
 
         let derp_map = Arc::new(config.derp_map());
@@ -186,8 +188,8 @@ impl Service {
     }
 }
 
-fn bind_stun(address: SocketAddr) -> Result<stun::Server, Error> {
-    stun::Server::bind(address).map_err(|error| match error {
+fn bind_stun(address: SocketAddr, all: &[SocketAddr]) -> Result<stun::Server, Error> {
+    stun::Server::bind(address, all).map_err(|error| match error {
         lacis_relay::Error::Bind { address, source, .. } => {
             Error::Listen { address, what: "STUN", key: "embedded_relay.stun_listen", source }
         }

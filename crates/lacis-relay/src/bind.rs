@@ -1,14 +1,52 @@
-//! Binding on hosts that lack IPv6.
+//! Sockets that servers listen on, of the relay and of the coordinator: `[::]` means both families wherever that is
+//! possible, and IPv4 alone on hosts that lack IPv6, so that one default serves all hosts.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// Opens a socket at `address`. Where the host has no IPv6 at all, `[::]` means all addresses of IPv4, so that the
-/// defaults work there too.
-pub(crate) fn any_family<T>(
+use socket2::{Domain, Socket, Type};
+use tokio::net::TcpListener;
+
+/// Waiting connections: a mass reconnect comes at once.
+const BACKLOG: i32 = 4096;
+
+/// Listens on TCP. `all` are the addresses of the same service: where 0.0.0.0 is among them, `[::]` leaves IPv4 to it.
+pub fn tcp(address: SocketAddr, all: &[SocketAddr]) -> io::Result<TcpListener> {
+    any_family(address, |address| {
+        let socket = open(address, all, Type::STREAM)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    })
+}
+
+/// Binds a UDP socket, as [`tcp`]; `prepare` is told the family and sets options first.
+pub(crate) fn udp(
     address: SocketAddr,
-    open: impl Fn(SocketAddr) -> io::Result<T>,
-) -> io::Result<T> {
+    all: &[SocketAddr],
+    prepare: impl Fn(&Socket, bool) -> io::Result<()>,
+) -> io::Result<Socket> {
+    any_family(address, |address| {
+        let socket = open(address, all, Type::DGRAM)?;
+        prepare(&socket, address.is_ipv6())?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    })
+}
+
+fn open(address: SocketAddr, all: &[SocketAddr], kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        // Said in either case: the host's default may be the other.
+        let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+        socket.set_only_v6(!address.ip().is_unspecified() || all.contains(&v4))?;
+    }
+    Ok(socket)
+}
+
+fn any_family<T>(address: SocketAddr, open: impl Fn(SocketAddr) -> io::Result<T>) -> io::Result<T> {
     match open(address) {
         Err(error)
             if address.is_ipv6()
@@ -36,5 +74,14 @@ mod tests {
         let bound = any_family("[::]:3478".parse().unwrap(), without_ipv6).unwrap();
         assert_eq!(bound, "0.0.0.0:3478".parse().unwrap());
         assert!(any_family("[::1]:3478".parse().unwrap(), without_ipv6).is_err());
+    }
+
+    #[tokio::test]
+    async fn both_families_may_be_named_side_by_side() {
+        let free = std::net::UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
+        let all = [format!("0.0.0.0:{free}"), format!("[::]:{free}")].map(|text| text.parse().unwrap());
+        let listeners: Vec<_> = all.iter().map(|&address| tcp(address, &all).unwrap()).collect();
+        let sockets: Vec<_> = all.iter().map(|&address| udp(address, &all, |_, _| Ok(())).unwrap()).collect();
+        assert_eq!((listeners.len(), sockets.len()), (2, 2));
     }
 }

@@ -18,13 +18,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::Error;
 use crate::config::{AdmissionConfig, Config};
 use crate::readahead::ReadAhead;
 use crate::server::{Admission, Everybody, Limits, Relay, RemoteAddr, tune_socket};
 use crate::stun;
 use crate::tls::Certificate;
 use crate::verify::VerifyUrl;
+use crate::{Error, bind};
 
 /// For the TLS handshake and the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,8 +34,6 @@ const MAX_HEAD: usize = 16 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long running requests and sessions may take to end at a stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Waiting connections.
-const BACKLOG: i32 = 1024;
 /// Name of the key's file in the state directory.
 const KEY_FILE: &str = "relay.key";
 
@@ -61,26 +59,25 @@ impl Service {
         let relay = Relay::new(load_key(&config.state_dir)?, admission, Limits::default());
         let mut registry = Registry::default();
         relay.register_metrics(&mut registry);
-        let bind = |addresses: &[SocketAddr], what| -> Result<Vec<TcpListener>, Error> {
+        let listen = |addresses: &[SocketAddr], what| -> Result<Vec<TcpListener>, Error> {
             addresses
                 .iter()
                 .map(|&address| {
-                    crate::bind::any_family(address, listen).map_err(|source| Error::Bind {
-                        address,
-                        what,
-                        source,
-                    })
+                    bind::tcp(address, addresses).map_err(|source| Error::Bind { address, what, source })
                 })
                 .collect()
         };
-        let stun =
-            config.stun.iter().map(|&address| stun::Server::bind(address)).collect::<Result<Vec<_>, _>>()?;
+        let stun = config
+            .stun
+            .iter()
+            .map(|&address| stun::Server::bind(address, &config.stun))
+            .collect::<Result<Vec<_>, _>>()?;
         for server in &stun {
             server.register_metrics(&mut registry);
         }
         Ok(Self {
-            listeners: bind(&config.listen, "clients")?,
-            metrics: bind(&config.metrics, "metrics")?,
+            listeners: listen(&config.listen, "clients")?,
+            metrics: listen(&config.metrics, "metrics")?,
             relay,
             certificate,
             stun,
@@ -190,19 +187,6 @@ pub fn load_key(state_dir: &Path) -> Result<RelayPrivateKey, Error> {
     };
     write().map_err(|source| cannot(&path, source))?;
     Ok(key)
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    if address.is_ipv6() {
-        // [::] serves both families, whatever the host's default is
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
 }
 
 /// Serves a router on a listener, over TLS if given, HTTP/1.1 with upgrades, until `stop`; then lets running

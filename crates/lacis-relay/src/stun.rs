@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio_util::sync::CancellationToken;
 
-use crate::Error;
+use crate::{Error, bind};
 use pktinfo::PacketInfo;
 
 /// Longer datagrams are no requests.
@@ -38,24 +38,11 @@ struct Metrics {
 }
 
 impl Server {
-    /// Binds the socket. `[::]:3478` serves both families, or the one that the host has.
-    pub fn bind(address: SocketAddr) -> Result<Self, Error> {
-        let open = |address: SocketAddr| -> std::io::Result<UdpSocket> {
-            let domain = socket2::Domain::for_address(address);
-            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None)?;
-            socket.set_nonblocking(true)?;
-            if address.is_ipv6() {
-                socket.set_only_v6(!address.ip().is_unspecified())?;
-            }
-            pktinfo::enable(&socket, address.is_ipv6())?;
-            socket.bind(&address.into())?;
-            UdpSocket::from_std(socket.into())
-        };
-        let socket = crate::bind::any_family(address, open).map_err(|source| Error::Bind {
-            address,
-            what: "STUN",
-            source,
-        })?;
+    /// Binds the socket. `[::]:3478` serves both families, or the one that the host has; `all` as for [`bind::tcp`].
+    pub fn bind(address: SocketAddr, all: &[SocketAddr]) -> Result<Self, Error> {
+        let socket = bind::udp(address, all, pktinfo::enable)
+            .and_then(|socket| UdpSocket::from_std(socket.into()))
+            .map_err(|source| Error::Bind { address, what: "STUN", source })?;
         Ok(Self { socket, metrics: Arc::default() })
     }
 
@@ -146,7 +133,7 @@ mod tests {
     );
 
     fn start(address: &str) -> Running {
-        let server = Server::bind(address.parse().unwrap()).unwrap();
+        let server = Server::bind(address.parse().unwrap(), &[]).unwrap();
         let mut registry = prometheus_client::registry::Registry::default();
         server.register_metrics(&mut registry);
         let at = server.local_addr().unwrap();
