@@ -34,6 +34,12 @@ with subtest("the coordinator stops: peers go on talking"):
     hub.systemctl("stop lacis-coordinator.service")
     talk()
 
+with subtest("a client that goes down and up comes up from what it knows"):
+    alice.succeed("lacis down")
+    alice.succeed("lacis up --timeout=20s", timeout=30)
+    alice.wait_until_succeeds("ping -c 1 -W 1 bob", timeout=15)
+    talk()
+
 with subtest("a client that restarts now comes up from its cache"):
     alice.systemctl("restart lacisd.service")
     alice.wait_for_unit("lacisd.service", timeout=30)

@@ -65,6 +65,14 @@ with subtest("a used key works for the node that used it, also after a restart")
     up(alice)
     assert alice.succeed("lacis ip -4").strip() == address
 
+with subtest("settings of a running node change, and go back to their defaults"):
+    up(alice, "--hostname=alix")
+    wait_for(lambda: "alix" in peers(bob), "bob sees the name that alice gave herself")
+    said = alice.fail("lacis up --accept-dns=false 2>&1", timeout=20)
+    assert "--hostname=alix" in said, f"what would be lost is not named: {said}"
+    up(alice, "--reset")
+    wait_for(lambda: "alice" in peers(bob), "bob sees the machine's own name again")
+
 with subtest("a used key does not work for another node"):
     guest.succeed(f"umask 077; printf %s {alice.succeed('cat /tmp/auth-key').strip()} > /tmp/auth-key")
     guest.fail(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=5s", timeout=20)
