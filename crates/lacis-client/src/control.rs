@@ -244,13 +244,16 @@ impl Pauses {
     }
 }
 
+fn dialer(config: &ControlConfig) -> Result<ControlDialer, DialError> {
+    let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?;
+    Ok(dialer.fwmark(config.fwmark).fallback_addresses(config.server_address.into_iter().collect()))
+}
+
 async fn connect(
     config: &ControlConfig,
     known: Option<MachineKey>,
 ) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, SocketAddr), Broken> {
-    let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?
-        .fwmark(config.fwmark)
-        .fallback_addresses(config.server_address.into_iter().collect());
+    let dialer = dialer(config)?;
     let stream = match dialer.dial(known).await {
         Err(error) if known.is_some() && error.suspects_key() => dialer.dial(None).await?,
         other => other?,
@@ -455,7 +458,7 @@ impl Task {
                     && request.url != last_ping
                 {
                     last_ping.clone_from(&request.url);
-                    tokio::spawn(ping::answer(client.clone(), request));
+                    tokio::spawn(ping::answer(client.clone(), dialer(&self.config)?, request));
                 }
                 if !*had_map && !frame.keep_alive {
                     if frame.node.is_none() {

@@ -265,6 +265,35 @@ async fn tls_server(
     (address, authority_cert.der().clone())
 }
 
+#[tokio::test]
+async fn a_head_goes_to_the_server_itself_and_nowhere_else() {
+    let address = server(|head| {
+        let found = head.starts_with("HEAD /machine/ping-response?id=7 HTTP/1.1\r\n");
+        let status = if found { "200 OK" } else { "404 Not Found" };
+        format!("HTTP/1.1 {status}\r\nContent-Length: 5\r\n\r\n").into_bytes()
+    })
+    .await;
+    let port = address.port();
+    let dialer = dialer(&format!("http://localhost:{port}"));
+    let status = dialer.head(&format!("http://LOCALHOST:{port}/machine/ping-response?id=7")).await.unwrap();
+    assert_eq!(status, 200);
+    assert_eq!(dialer.head(&format!("http://localhost:{port}")).await.unwrap(), 404);
+    for other in [
+        format!("http://127.0.0.1:{port}/"),
+        format!("http://localhost.:{port}/"),
+        format!("https://localhost:{port}/"),
+        format!("http://localhost:{port}@192.0.2.1/"),
+        format!("http://x@localhost:{port}/"),
+        "http://localhost/".to_owned(),
+        "http://169.254.169.254/latest/meta-data".to_owned(),
+        "/machine/ping-response".to_owned(),
+        String::new(),
+    ] {
+        let error = dialer.head(&other).await.unwrap_err();
+        assert!(matches!(error, DialError::Url { .. }), "{other}: {error}");
+    }
+}
+
 fn trusting(authority: rustls::pki_types::CertificateDer<'static>) -> Arc<rustls::ClientConfig> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(authority).unwrap();

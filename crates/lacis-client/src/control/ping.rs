@@ -1,33 +1,36 @@
 //! The control server's pings: it asks whether this node is there, or hands it a small HTTP request.
 //!
-//! Section 7.4 of the control dossier. Only what comes over the Noise session is answered there; pings of peers on
-//! the server's behalf are not made.
+//! Section 7.4 of the control dossier. The answer goes over the Noise session or, where the server wants it on its
+//! public address, there and nowhere else; pings of peers on the server's behalf are not made.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::Method;
 use lacis_wire::control::PingRequest;
-use lacis_wire::io::ControlClient;
+use lacis_wire::io::{ControlClient, ControlDialer};
 use tokio::time::{Duration, timeout};
+
+use super::chain;
 
 const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\r\nunknown c2n request\n";
 
 /// An answer that takes longer is of no use to the server.
 const LIMIT: Duration = Duration::from_secs(15);
 
-pub(super) async fn answer(client: ControlClient, request: PingRequest) {
+pub(super) async fn answer(client: ControlClient, dialer: ControlDialer, request: PingRequest) {
     let Ok(url) = request.url.parse::<http::Uri>() else { return };
     let path = url.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    let sent = match request.types.as_str() {
-        "" if request.url_is_noise => timeout(LIMIT, client.request(Method::HEAD, path, "")).await,
-        "c2n" => timeout(LIMIT, client.post(path, reply(&request.payload))).await,
-        other => {
-            tracing::debug!(types = other, "a ping of the control server is not answered");
-            return;
+    let over_noise = |sent: Result<_, hyper::Error>| sent.map(drop).map_err(|error| chain(&error));
+    let work = async {
+        match request.types.as_str() {
+            "" if request.url_is_noise => over_noise(client.request(Method::HEAD, path, "").await),
+            "" => dialer.head(&request.url).await.map(drop).map_err(|error| chain(&error)),
+            "c2n" => over_noise(client.post(path, reply(&request.payload)).await),
+            other => Err(format!("pings of type {other:?} are not known")),
         }
     };
-    match sent {
-        Ok(Ok(_)) => {}
+    match timeout(LIMIT, work).await {
+        Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "the answer to a ping of the control server was not sent"),
         Err(_) => tracing::debug!("the control server does not take the answer to its ping"),
     }

@@ -15,6 +15,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use http::header::{CONNECTION, HOST, UPGRADE, USER_AGENT};
+use http::uri::PathAndQuery;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
@@ -126,6 +127,15 @@ impl ControlUrl {
             (_, port) => format!("{host}:{port}"),
         }
     }
+
+    /// Path and query of a URL, if it is one of this very server.
+    fn path_of(&self, url: &str) -> Option<String> {
+        let uri: http::Uri = url.parse().ok()?;
+        let other = Self::parse(&format!("{}://{}", uri.scheme_str()?, uri.authority()?)).ok()?;
+        let same = (other.https, other.port) == (self.https, self.port)
+            && other.host.eq_ignore_ascii_case(&self.host);
+        same.then(|| uri.path_and_query().map_or("/", PathAndQuery::as_str).to_owned())
+    }
 }
 
 /// A connected and authenticated control session, before HTTP/2.
@@ -218,6 +228,20 @@ impl ControlDialer {
         self.limited("fetching its key", async {
             let (mut http, _) = self.open().await?;
             self.key(&mut http).await
+        })
+        .await
+    }
+
+    /// Asks for a URL of this server by `HEAD`, outside Noise, and gives the status of the answer.
+    /// One of another server is refused: nobody may send a node about in its own network.
+    pub async fn head(&self, url: &str) -> Result<StatusCode, DialError> {
+        let path = self.url.path_of(url).ok_or_else(|| DialError::Url {
+            url: url.to_owned(),
+            why: "it is not one of the control server itself",
+        })?;
+        self.limited("answering its ping", async {
+            let (mut http, _) = self.open().await?;
+            Ok(self.ask(&mut http, Method::HEAD, &path, "answering its ping").await?.status())
         })
         .await
     }
@@ -346,18 +370,28 @@ impl ControlDialer {
             .header(USER_AGENT, concat!("lacis/", env!("CARGO_PKG_VERSION")))
     }
 
+    async fn ask(
+        &self,
+        http: &mut http1::SendRequest<Empty<Bytes>>,
+        method: Method,
+        path: &str,
+        doing: &'static str,
+    ) -> Result<Response<Incoming>, DialError> {
+        let request = self
+            .request(method, path)
+            .body(Empty::new())
+            .map_err(|_| self.not_control("its name cannot stand in a request"))?;
+        http.send_request(request).await.map_err(self.http_error(doing))
+    }
+
     async fn key(&self, http: &mut http1::SendRequest<Empty<Bytes>>) -> Result<MachineKey, DialError> {
         #[derive(serde::Deserialize)]
         struct Reply {
             #[serde(default, rename = "publicKey")]
             public_key: MachineKey,
         }
-        let doing = "fetching its key";
-        let request = self
-            .request(Method::GET, &format!("/key?v={}", self.version))
-            .body(Empty::new())
-            .map_err(|_| self.not_control("its name cannot stand in a request"))?;
-        let reply = http.send_request(request).await.map_err(self.http_error(doing))?;
+        let path = format!("/key?v={}", self.version);
+        let reply = self.ask(http, Method::GET, &path, "fetching its key").await?;
         let status = reply.status();
         if status != StatusCode::OK {
             return Err(self.not_control(format!("it answers /key with status {status}")));
