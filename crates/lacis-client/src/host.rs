@@ -137,7 +137,7 @@ impl Host {
             Err(error) => tracing::warn!(%error, "addresses, routes and rules are not as they should be"),
         }
         if let Some(dns) = &state.dns {
-            self.resolver.repair(dns);
+            self.resolver.repair(dns).await;
         }
     }
 

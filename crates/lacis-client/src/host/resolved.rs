@@ -13,6 +13,8 @@ const PATH: &str = "/org/freedesktop/resolve1";
 const INTERFACE: &str = "org.freedesktop.resolve1.Manager";
 /// It answers at once or not at all.
 const LIMIT: Duration = Duration::from_secs(2);
+/// The error of a list that is too long.
+const TOO_MANY: &str = "System.Error.E2BIG";
 const INET: i32 = 2;
 const INET6: i32 = 10;
 
@@ -21,6 +23,8 @@ pub(super) struct Resolved {
     bus: Connection,
     /// The device that was set.
     link: Option<i32>,
+    /// Its name on the bus when it was told everything. After a restart it has another, and may have forgotten.
+    told: Option<String>,
 }
 
 impl Resolved {
@@ -31,7 +35,7 @@ impl Resolved {
             Ok::<_, zbus::Error>(bus)
         });
         let bus = connected.await.map_err(|_| late())??;
-        Ok(Self { bus, link: None })
+        Ok(Self { bus, link: None, told: None })
     }
 
     async fn call<B>(&self, method: &str, body: &B) -> Result<(), ResolverError>
@@ -44,8 +48,14 @@ impl Resolved {
     }
 
     pub(super) async fn set(&mut self, index: u32, dns: &OsDns) -> Result<(), ResolverError> {
-        let link = index as i32;
-        self.link = Some(link);
+        self.link = Some(index as i32);
+        self.tell(index as i32, dns).await
+    }
+
+    async fn tell(&mut self, link: i32, dns: &OsDns) -> Result<(), ResolverError> {
+        self.told = None;
+        // First, so that a restart during what follows is noticed. One that is stopped is started by what follows.
+        let owner = self.owner().await.ok();
         let servers: Vec<(i32, Vec<u8>)> = dns
             .servers
             .iter()
@@ -64,7 +74,14 @@ impl Resolved {
             domains.push((".".to_owned(), true));
         }
         self.call("SetLinkDNS", &(link, servers)).await?;
-        self.call("SetLinkDomains", &(link, domains)).await?;
+        match self.call("SetLinkDomains", &(link, &domains)).await {
+            // Old versions take few domains. Reverse zones are many, and the first that can be missed.
+            Err(ResolverError::Bus(zbus::Error::MethodError(name, ..))) if name == TOO_MANY => {
+                domains.retain(|(domain, _)| domain.rsplit('.').next() != Some("arpa"));
+                self.call("SetLinkDomains", &(link, &domains)).await?;
+            }
+            other => other?,
+        }
         self.call("SetLinkDefaultRoute", &(link, takes_all)).await?;
         for method in ["SetLinkLLMNR", "SetLinkMulticastDNS", "SetLinkDNSSEC", "SetLinkDNSOverTLS"] {
             // Older versions do not know all of them.
@@ -72,7 +89,31 @@ impl Resolved {
                 tracing::debug!(%error, method);
             }
         }
-        self.call("FlushCaches", &()).await
+        self.call("FlushCaches", &()).await?;
+        self.told = owner;
+        Ok(())
+    }
+
+    /// Who has the service's name on the bus now. Asking the bus itself does not start the service.
+    async fn owner(&self) -> Result<String, ResolverError> {
+        let bus = "org.freedesktop.DBus";
+        let call =
+            self.bus.call_method(Some(bus), "/org/freedesktop/DBus", Some(bus), "GetNameOwner", &(SERVICE,));
+        let reply = tokio::time::timeout(LIMIT, call).await.map_err(|_| late())??;
+        Ok(reply.body().deserialize()?)
+    }
+
+    /// Says everything again to a service that was restarted. One that is not there is told when it is back.
+    pub(super) async fn repair(&mut self, dns: &OsDns) {
+        let Some(link) = self.link else { return };
+        match self.owner().await {
+            Ok(owner) if self.told.as_ref() != Some(&owner) => {}
+            _ => return,
+        }
+        tracing::info!("systemd-resolved was restarted; it is told of the mesh again");
+        if let Err(error) = self.tell(link, dns).await {
+            tracing::warn!(%error, "this host's resolver is not set up for the mesh; trying again");
+        }
     }
 
     pub(super) async fn revert(&mut self) -> Result<(), ResolverError> {

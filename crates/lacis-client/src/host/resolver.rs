@@ -86,10 +86,12 @@ impl OsResolver {
         }
     }
 
-    /// Writes the file again if another program wrote over it.
-    pub(super) fn repair(&mut self, dns: &OsDns) {
-        if let Self::Direct(direct) = self {
-            direct.repair(dns);
+    /// Says it again if another program wrote over the file, or the service was restarted.
+    pub(super) async fn repair(&mut self, dns: &OsDns) {
+        match self {
+            Self::Resolved(resolved) => resolved.repair(dns).await,
+            Self::Resolvconf(..) => {}
+            Self::Direct(direct) => direct.repair(dns),
         }
     }
 
