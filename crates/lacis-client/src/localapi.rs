@@ -10,6 +10,7 @@ mod watch;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::connect_info::Connected;
@@ -18,10 +19,11 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use axum::serve::IncomingStream;
+use axum::serve::{IncomingStream, Listener};
 use lacis_wire::local::HOST;
 use rustix::process::getuid;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::Error;
@@ -31,16 +33,65 @@ use crate::engine::{Command, EngineHandle};
 const SOCKET_MODE: u32 = 0o666;
 const CAPABILITY: HeaderName = HeaderName::from_static("tailscale-cap");
 
-/// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
+/// Connections of users other than root at a time: nobody on the host may use up the daemon's descriptors.
+const CONNECTIONS: usize = 64;
+
+/// Who is at the other end of a connection. Lives as long as that.
+#[derive(Clone, Debug)]
 struct Peer {
     uid: Option<u32>,
+    /// One of the [`CONNECTIONS`].
+    _place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self { uid: stream.io().peer_cred().ok().map(|cred| cred.uid()) }
+impl Connected<IncomingStream<'_, Door>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
+        stream.remote_addr().clone()
     }
+}
+
+/// Lets connections in, as many as there are places.
+#[derive(Debug)]
+struct Door {
+    listener: UnixListener,
+    places: Arc<Semaphore>,
+}
+
+impl Door {
+    /// Root is always let in: it must be able to turn off what others have filled.
+    fn admit(&self, uid: Option<u32>) -> Option<Peer> {
+        let place = match uid {
+            Some(uid) if is_root(uid) => None,
+            _ => Some(Arc::new(Arc::clone(&self.places).try_acquire_owned().ok()?)),
+        };
+        Some(Peer { uid, _place: place })
+    }
+}
+
+impl Listener for Door {
+    type Io = UnixStream;
+    type Addr = Peer;
+
+    async fn accept(&mut self) -> (UnixStream, Peer) {
+        loop {
+            let (stream, _) = Listener::accept(&mut self.listener).await;
+            let uid = stream.peer_cred().ok().map(|cred| cred.uid());
+            // Whoever is one too many is hung up on. Left waiting, it would keep root out as well.
+            match self.admit(uid) {
+                Some(peer) => return (stream, peer),
+                None => tracing::debug!(?uid, "too many connections to the local API: one is closed"),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Peer> {
+        Ok(Peer { uid: None, _place: None })
+    }
+}
+
+/// Root, or whom this daemon runs as.
+fn is_root(uid: u32) -> bool {
+    uid == 0 || uid == getuid().as_raw()
 }
 
 /// May the request change something? Known to handlers that answer differently.
@@ -94,7 +145,8 @@ impl Socket {
         let service = router(engine, stop.clone()).into_make_service_with_connect_info::<Peer>();
         // Removed when this ends, also when it is aborted.
         let _file = self.file;
-        let serving = axum::serve(self.listener, service).with_graceful_shutdown(stop.cancelled_owned());
+        let door = Door { listener: self.listener, places: Arc::new(Semaphore::new(CONNECTIONS)) };
+        let serving = axum::serve(door, service).with_graceful_shutdown(stop.cancelled_owned());
         if let Err(error) = serving.await {
             tracing::error!(%error, "the local API has ended");
         }
@@ -152,7 +204,7 @@ async fn guard(
     if headers.contains_key(header::ORIGIN) || headers.contains_key(header::REFERER) {
         return refusal("requests of web pages are not served here");
     }
-    let may_write = may_write(&api, peer).await;
+    let may_write = may_write(&api, peer.uid).await;
     let reads = request.method() == http::Method::GET || request.uri().path() == "/localapi/v0/check-prefs";
     let harmless =
         reads || request.uri().path().ends_with("/ping") || request.uri().path().ends_with("/netcheck");
@@ -170,9 +222,9 @@ fn refusal(text: &'static str) -> Response {
     (StatusCode::FORBIDDEN, text).into_response()
 }
 
-async fn may_write(api: &Api, peer: Peer) -> bool {
-    let Some(uid) = peer.uid else { return false };
-    if uid == 0 || uid == getuid().as_raw() {
+async fn may_write(api: &Api, uid: Option<u32>) -> bool {
+    let Some(uid) = uid else { return false };
+    if is_root(uid) {
         return true;
     }
     let (reply, prefs) = tokio::sync::oneshot::channel();
@@ -215,6 +267,23 @@ mod tests {
         let error = Socket::bind(&path).await.unwrap_err();
         assert!(matches!(error, Error::NoSocket { .. }), "{error}");
         assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn others_have_so_many_places_and_root_always_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s.sock")).unwrap();
+        let door = Door { listener, places: Arc::new(Semaphore::new(CONNECTIONS)) };
+        let somebody = Some(u32::MAX - 1);
+        let mut inside: Vec<_> = (0..CONNECTIONS).map(|_| door.admit(somebody).unwrap()).collect();
+        // Each request has a copy; only the last to go gives the place back.
+        let request = inside[0].clone();
+        inside.swap_remove(0);
+        assert!(door.admit(somebody).is_none());
+        assert!(door.admit(None).is_none());
+        assert!(door.admit(Some(0)).is_some());
+        drop(request);
+        assert!(door.admit(somebody).is_some());
     }
 
     #[test]
