@@ -254,7 +254,9 @@ impl RelayHandler for Handler {
             batch.retain(|(from, data)| {
                 let is_disco = disco::looks_like(data);
                 if is_disco {
-                    let news = RelayNews::Disco { region, from: *from, data: data.clone() };
+                    // A copy: what waits must not keep the whole buffer that was read.
+                    let data = Bytes::copy_from_slice(data);
+                    let news = RelayNews::Disco { region, from: *from, data };
                     // A flood of these must not push out what the relays themselves have to say.
                     if inner.news.capacity() < KEPT_FOR_EVENTS || inner.news.try_send(news).is_err() {
                         tracing::debug!("too many disco messages: one is dropped");
