@@ -27,6 +27,8 @@ pub(super) struct Login {
     auth_key: Option<AuthKey>,
     /// The key it is for is new, and replaces the one in use only when the server agrees.
     new_key: bool,
+    /// It was made for this login: another would fare no better.
+    unused_key: bool,
     began: Instant,
     /// Whoever waits for it was told that the server is out of reach.
     complained: bool,
@@ -173,14 +175,15 @@ impl Engine {
     }
 
     fn login(&mut self, auth_key: Option<AuthKey>, new_key: bool) {
-        if new_key && self.saved.pending_key.is_none() {
+        let unused_key = new_key && self.saved.pending_key.is_none();
+        if unused_key {
             self.saved.pending_key = Some(NodePrivateKey::generate());
         }
         self.saved.prefs.want_running = true;
         self.saved.prefs.logged_out = false;
         self.auth_url = None;
         self.retry_at = None;
-        self.login = Some(Login { auth_key, new_key, began: Instant::now(), complained: false });
+        self.login = Some(Login { auth_key, new_key, unused_key, began: Instant::now(), complained: false });
         self.control = None;
     }
 
@@ -320,21 +323,28 @@ impl Engine {
         }
     }
 
+    /// The key that was offered is dead, or belongs to another node. A login goes on with a new one, once.
     fn key_expired(&mut self) {
         self.control = None;
-        let expired = self.saved.node_key.take().map(|key| key.public());
-        if let Some(login) = self.login.take() {
-            if login.new_key {
-                // The server calls a key expired that was made a moment ago.
-                self.saved.pending_key = None;
+        let offered_new = self.login.as_ref().is_some_and(|login| login.new_key);
+        if offered_new {
+            // The key in use, if there is one, was not asked about.
+            self.saved.pending_key = None;
+        } else {
+            let expired = self.saved.node_key.take().map(|key| key.public());
+            self.saved.old_node_key = expired.or(self.saved.old_node_key);
+        }
+        match self.login.take() {
+            Some(login) if login.unused_key => {
+                self.login = Some(login);
                 self.refused("it says that a new key has expired");
-            } else {
-                self.saved.old_node_key = expired.or(self.saved.old_node_key);
+            }
+            Some(login) => {
+                // One that waits from an earlier login may be as dead.
+                self.saved.pending_key = None;
                 self.login(login.auth_key, true);
             }
-        } else {
-            tracing::warn!("this node's key has expired: sign in again");
-            self.saved.old_node_key = expired.or(self.saved.old_node_key);
+            None => tracing::warn!("this node's key has expired: sign in again"),
         }
     }
 
