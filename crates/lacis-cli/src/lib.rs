@@ -110,6 +110,14 @@ mod tests {
     }
 
     #[test]
+    fn json_of_netcheck_is_asked_for_in_two_ways_but_not_in_both() {
+        let parses = |flags: &[&str]| Arguments::try_parse_from([&["lacis", "netcheck"], flags].concat());
+        assert!(parses(&["--json"]).is_ok());
+        assert!(parses(&["--format=json"]).is_ok());
+        assert!(parses(&["--json", "--format=json-line"]).unwrap_err().use_stderr());
+    }
+
+    #[test]
     fn a_cause_is_told_once() {
         let cause = std::io::Error::other("no file");
         let text = anyhow::Error::new(cause).context("reading x: no file (try y)").context("starting");

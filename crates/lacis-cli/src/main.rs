@@ -7,7 +7,15 @@ use clap::Parser;
 use lacis_cli::{Arguments, Failure, one_line, run};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(answer) => {
+            // Help and versions are wanted, all else is a wrong command line: an error like any other (clap's own
+            // code would be 2). Nobody reads a pipe that is closed.
+            let _ = answer.print();
+            return if answer.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

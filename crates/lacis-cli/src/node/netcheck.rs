@@ -13,6 +13,9 @@ pub(crate) struct Netcheck {
     /// Output: empty, json or json-line
     #[arg(long, default_value = "", value_parser = ["", "json", "json-line"])]
     format: String,
+    /// The same as --format=json
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
     /// Again and again, with this pause
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     every: Option<Duration>,
@@ -28,6 +31,7 @@ impl Netcheck {
             let path = format!("{}netcheck", local::OWN_PREFIX);
             let answer: Answer = daemon.0.json(Method::POST, &path, Vec::new()).await?;
             match self.format.as_str() {
+                _ if self.json => output::json(&answer.report)?,
                 "json" => output::json(&answer.report)?,
                 "json-line" => output::line(serde_json::to_string(&answer.report)?),
                 _ => lines(&answer).into_iter().for_each(output::line),
