@@ -32,7 +32,7 @@ pub(crate) fn state(map: &NetMap, base: &[SocketAddr]) -> DnsState {
     let routes: Vec<_> = routes.into_iter().map(|(suffix, to)| (name(suffix), upstreams(to))).collect();
     let mut authoritative: Vec<String> = local.into_iter().map(|(suffix, _)| name(suffix)).collect();
     if !suffix.is_empty() {
-        authoritative.push(suffix.clone());
+        authoritative.push(suffix);
     }
     if config.proxied {
         // Who asks for names of the mesh's addresses must not be passed on to the world, whatever the server lists.
@@ -46,7 +46,6 @@ pub(crate) fn state(map: &NetMap, base: &[SocketAddr]) -> DnsState {
     authoritative.sort();
     authoritative.dedup();
     DnsState {
-        domain: suffix,
         hosts: if config.proxied { hosts } else { HashMap::new() },
         authoritative,
         extra_records: config

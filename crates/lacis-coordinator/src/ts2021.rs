@@ -41,6 +41,9 @@ const PROTOCOL: &str = "tailscale-control-protocol";
 const HANDSHAKE: HeaderName = HeaderName::from_static("x-tailscale-handshake");
 /// From the 101 to the client's first request; one that never asks anything is not kept.
 const FIRST_REQUEST: Duration = Duration::from_secs(30);
+/// A client that is gone without a word is noticed by pings that nobody answers: behind a proxy its connection stays.
+const PING_EVERY: Duration = Duration::from_mins(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// A client has a long poll, lite updates and follow-ups at once. Times the limit of a body it is what a stranger can
 /// make one session hold.
 const MAX_STREAMS: u32 = 128;
@@ -169,6 +172,8 @@ impl Noise {
         });
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
             .max_concurrent_streams(MAX_STREAMS)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)

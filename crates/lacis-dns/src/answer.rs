@@ -175,7 +175,6 @@ mod tests {
             ("a.sub.lab.example".to_owned(), vec!["100.64.0.3".parse().unwrap()]),
         ]);
         DnsState {
-            domain: "lab.example".into(),
             hosts,
             authoritative: vec![
                 "lab.example".into(),

@@ -10,8 +10,6 @@ const DNS_PORT: u16 = 53;
 /// Plain configuration. All names are lower case and without a trailing dot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DnsState {
-    /// The tailnet's zone; empty when MagicDNS is off.
-    pub domain: String,
     /// Full names of nodes.
     pub hosts: HashMap<String, Vec<IpAddr>>,
     /// Zones in which a name that is not known does not exist.
