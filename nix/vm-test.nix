@@ -227,5 +227,5 @@ in
   meta.description = topology.description;
   globalTimeout = (topology.timeout or 300) + 300;
   nodes = lib.mapAttrs router sites // lib.mapAttrs machine topology.hosts;
-  testScript = builtins.readFile (scenario + "/test.py");
+  testScript = builtins.readFile ../tests/common.py + "\n" + builtins.readFile (scenario + "/test.py");
 }

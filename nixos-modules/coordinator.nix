@@ -8,17 +8,7 @@
 let
   cfg = config.services.lacis.coordinator;
   format = pkgs.formats.json { };
-  withoutNulls = lib.filterAttrsRecursive (_: value: value != null) cfg.settings;
-  file = format.generate "lacis-coordinator.json" withoutNulls;
-  # A bad declaration fails when the system is built, with the path and the nearest known key.
-  checked =
-    if cfg.validate && pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "lacis-coordinator-checked.json" { nativeBuildInputs = [ cfg.package ]; } ''
-        lacis-coordinator check --config ${file}
-        cp ${file} $out
-      ''
-    else
-      file;
+  checked = import ./checked-settings.nix { inherit lib pkgs; } "lacis-coordinator" cfg;
 in
 {
   options.services.lacis.coordinator = {

@@ -8,17 +8,7 @@
 let
   cfg = config.services.lacis.relay;
   format = pkgs.formats.json { };
-  file = format.generate "lacis-relay.json" (
-    lib.filterAttrsRecursive (_: value: value != null) cfg.settings
-  );
-  checked =
-    if cfg.validate && pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "lacis-relay-checked.json" { nativeBuildInputs = [ cfg.package ]; } ''
-        lacis-relay check --config ${file}
-        cp ${file} $out
-      ''
-    else
-      file;
+  checked = import ./checked-settings.nix { inherit lib pkgs; } "lacis-relay" cfg;
 in
 {
   options.services.lacis.relay = {

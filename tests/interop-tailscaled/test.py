@@ -22,33 +22,6 @@ def join(machine, command, flags=""):
     machine.succeed(f"{command} --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=30s", timeout=40)
 
 
-def peers(machine, command="tailscale"):
-    """The peers that a client knows, by the first label of their names."""
-    status = json.loads(machine.succeed(f"{command} status --json", timeout=10))
-    return {peer["DNSName"].split(".")[0]: peer for peer in (status.get("Peer") or {}).values()}
-
-
-def wait_for(fact, what, timeout=15):
-    """Waits until `fact` gives something true, and says what was missing otherwise."""
-    try:
-        retry(lambda _last: bool(fact()), timeout_seconds=timeout)
-    except Exception as error:
-        raise AssertionError(f"{what}: {error}") from error
-
-
-def copy(source, target, address, port=7000):
-    """Sends two megabytes by TCP and compares checksums."""
-    receive = f"import socket; c = socket.create_server(('', {port})).accept()[0]; "
-    receive += "open('/tmp/copy', 'wb').writelines(iter(lambda: c.recv(65536), b''))"
-    target.succeed(f'python3 -c "{receive}" > /tmp/receive.log 2>&1 &')
-    target.wait_until_succeeds(f"ss -ltn | grep -w {port}", timeout=10)
-    source.succeed("head -c 2M /dev/urandom > /tmp/original")
-    send = f"import socket; s = socket.create_connection(('{address}', {port}), 10); "
-    send += "s.sendfile(open('/tmp/original', 'rb')); s.shutdown(1); s.recv(1)"
-    source.succeed(f'python3 -c "{send}"', timeout=40)
-    assert source.succeed("sha256sum < /tmp/original") == target.succeed("sha256sum < /tmp/copy"), "the copy differs"
-
-
 start_all()
 
 with subtest("coordinator and relay are up"):
@@ -88,26 +61,26 @@ with subtest("stock: Taildrop"):
 with subtest("stock: an ephemeral node goes when it is gone"):
     fred.wait_for_unit("tailscaled.service", timeout=30)
     join(fred, "tailscale up", "--ephemeral")
-    wait_for(lambda: "fred" in peers(dora), "dora sees fred")
+    wait_for(lambda: "fred" in peers(dora, "tailscale"), "dora sees fred")
     fred.crash()
-    wait_for(lambda: "fred" not in peers(dora), "fred is deleted", timeout=40)
+    wait_for(lambda: "fred" not in peers(dora, "tailscale"), "fred is deleted", timeout=40)
 
 with subtest("stock: a rename reaches everybody"):
     admin("nodes rename emil emily")
-    wait_for(lambda: "emily" in peers(dora), "dora sees the new name")
+    wait_for(lambda: "emily" in peers(dora, "tailscale"), "dora sees the new name")
     dora.wait_until_succeeds(f"dig +short @100.100.100.100 emily.{DOMAIN} | grep {addresses['emil']}", timeout=10)
     admin("nodes rename emily emil")
-    wait_for(lambda: "emil" in peers(dora), "dora sees the old name again")
+    wait_for(lambda: "emil" in peers(dora, "tailscale"), "dora sees the old name again")
 
 with subtest("stock: an expired key is told, and a new login heals it"):
     admin("nodes expire emil")
-    wait_for(lambda: peers(dora)["emil"].get("Expired"), "dora knows that emil's key has expired")
+    wait_for(lambda: peers(dora, "tailscale")["emil"].get("Expired"), "dora knows that emil's key has expired")
     wait_for(
-        lambda: json.loads(emil.succeed("tailscale status --json"))["BackendState"] == "NeedsLogin",
+        lambda: status(emil, "tailscale")["BackendState"] == "NeedsLogin",
         "emil knows that it has to log in",
     )
     join(emil, "tailscale up --force-reauth")
-    wait_for(lambda: not peers(dora)["emil"].get("Expired"), "dora sees the new key")
+    wait_for(lambda: not peers(dora, "tailscale")["emil"].get("Expired"), "dora sees the new key")
     assert emil.succeed("tailscale ip -4").strip() == addresses["emil"], "emil keeps its address"
     dora.succeed("ping -c 1 -W 10 emil", timeout=20)
 
@@ -115,9 +88,9 @@ with subtest("stock: a restart of the coordinator hurts nobody"):
     hub.systemctl("restart lacis-coordinator.service")
     dora.succeed("ping -c 2 -i 0.2 -W 5 emil", timeout=20)
     admin("nodes rename emil emilio")
-    wait_for(lambda: "emilio" in peers(dora), "dora hears of changes again", timeout=60)
+    wait_for(lambda: "emilio" in peers(dora, "tailscale"), "dora hears of changes again", timeout=60)
     admin("nodes rename emilio emil")
-    wait_for(lambda: "emil" in peers(dora), "dora hears of further changes", timeout=60)
+    wait_for(lambda: "emil" in peers(dora, "tailscale"), "dora hears of further changes", timeout=60)
 
 # ---- and lacisd ----
 
@@ -126,8 +99,8 @@ with subtest("lacisd joins"):
     join(lena, "lacis up")
     addresses["lena"] = lena.succeed("lacis ip -4").strip()
     for name in STOCK:
-        wait_for(lambda: name in peers(lena, "lacis"), f"lena sees {name}")
-        wait_for(lambda: "lena" in peers(STOCK[name]), f"{name} sees lena")
+        wait_for(lambda: name in peers(lena), f"lena sees {name}")
+        wait_for(lambda: "lena" in peers(STOCK[name], "tailscale"), f"{name} sees lena")
 
 with subtest("lacisd and tailscaled ping each other, by disco and by ICMP"):
     for name, machine in STOCK.items():
@@ -165,14 +138,14 @@ with subtest("Tailscale's command works against lacisd"):
     lena.succeed(f"{LACISD} up", timeout=30)
     lena.succeed("ping -c 1 -W 10 dora", timeout=20)
     lena.succeed(f"{LACISD} set --hostname=lenya")
-    wait_for(lambda: "lenya" in peers(dora), "dora sees lena's new name")
+    wait_for(lambda: "lenya" in peers(dora, "tailscale"), "dora sees lena's new name")
     lena.succeed(f"{LACISD} set --hostname=")
-    wait_for(lambda: "lena" in peers(dora), "dora sees lena's old name again")
+    wait_for(lambda: "lena" in peers(dora, "tailscale"), "dora sees lena's old name again")
 
 with subtest("Tailscale's command logs lacisd out and in"):
     lena.succeed(f"{LACISD} logout", timeout=20)
     wait_for(
-        lambda: json.loads(lena.succeed("lacis status --json"))["BackendState"] == "NeedsLogin", "lena is logged out"
+        lambda: status(lena)["BackendState"] == "NeedsLogin", "lena is logged out"
     )
     join(lena, f"{LACISD} up")
     lena.succeed("ping -c 1 -W 10 dora", timeout=20)
@@ -181,4 +154,4 @@ with subtest("a restarted coordinator hurts neither kind"):
     hub.systemctl("restart lacis-coordinator.service")
     lena.succeed("ping -c 2 -i 0.2 -W 5 dora", timeout=20)
     admin("nodes rename dora dorothy")
-    wait_for(lambda: "dorothy" in peers(lena, "lacis"), "lena hears of changes again", timeout=60)
+    wait_for(lambda: "dorothy" in peers(lena), "lena hears of changes again", timeout=60)

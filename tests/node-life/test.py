@@ -21,23 +21,6 @@ def up(machine, flags=""):
     )
 
 
-def status(machine):
-    return json.loads(machine.succeed("lacis status --json", timeout=10))
-
-
-def peers(machine):
-    """The peers that a client knows, by the first label of their names."""
-    return {peer["DNSName"].split(".")[0]: peer for peer in (status(machine).get("Peer") or {}).values()}
-
-
-def wait_for(fact, what, timeout=15):
-    """Waits until `fact` gives something true, and says what was missing otherwise."""
-    try:
-        retry(lambda _last: bool(fact()), timeout_seconds=timeout)
-    except Exception as error:
-        raise AssertionError(f"{what}: {error}") from error
-
-
 start_all()
 hub.wait_for_unit("lacis-coordinator.service", timeout=30)
 admin("users create family")

@@ -37,6 +37,9 @@ class Lab:
         self.name: str = plan["name"]
         self.began = time.monotonic()
         self.logs = Path(job["logs"])
+        # What all scenarios of a folder share, if there is something, and the scenario's own.
+        folder = Path(job["folder"])
+        self.scripts = [folder.parent / "common.py", folder / "test.py"]
         self.notes = (self.logs / "driver.log").open("a", buffering=1)
         self.verbose: bool = job["verbose"]
         self.depth = 0
@@ -115,10 +118,10 @@ class Lab:
 
     def explain(self, error: BaseException) -> None:
         """Says what went wrong and where in the script, and keeps what the kernel knows."""
-        script = str(Path(self.job["folder"]) / "test.py")
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == script]
+        scripts = [str(script) for script in self.scripts]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in scripts]
         for frame in frames:
-            print(f"  {self.name}/test.py:{frame.lineno}: {frame.line}")
+            print(f"  {Path(frame.filename).relative_to(self.scripts[0].parent)}:{frame.lineno}: {frame.line}")
         words = str(error) or type(error).__name__
         prefix = "" if isinstance(error, MachineError) else f"{type(error).__name__}: "
         print(f"  {prefix}{words}")
@@ -220,11 +223,12 @@ def main() -> int:
     signal.alarm(job["plan"]["timeout"])
 
     status = 0
-    script = Path(job["folder"]) / "test.py"
     try:
         try:
             lab.serve_names()
-            exec(compile(script.read_text(), str(script), "exec"), names_for(lab))
+            names = names_for(lab)
+            for script in filter(Path.is_file, lab.scripts):
+                exec(compile(script.read_text(), str(script), "exec"), names)
         except Exception as error:
             signal.alarm(0)
             lab.explain(error)

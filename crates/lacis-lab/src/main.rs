@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lacis_lab::{boot, load, run, shell};
+use lacis_lab::{boot, load, run, shell, sys};
 
 /// Networks of namespaces with the real programs in them.
 #[derive(Debug, Parser)]
@@ -42,6 +42,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    sys::end_with_reader();
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Shell(arguments) => shell::shell(&arguments),

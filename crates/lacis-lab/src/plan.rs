@@ -434,17 +434,19 @@ mod tests {
 
     #[test]
     fn every_scenario_of_the_project_can_be_planned() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests");
-        let mut planned = 0;
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.join("topology.toml").is_file() {
-                Plan::new("t", &Topology::load(&path).unwrap()).unwrap();
-                assert!(path.join("test.py").is_file(), "{} has no script", path.display());
-                planned += 1;
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        for folder in ["tests", "benches"] {
+            let mut planned = 0;
+            for entry in std::fs::read_dir(root.join(folder)).unwrap() {
+                let path = entry.unwrap().path();
+                if path.join("topology.toml").is_file() {
+                    Plan::new("t", &Topology::load(&path).unwrap()).unwrap();
+                    assert!(path.join("test.py").is_file(), "{} has no script", path.display());
+                    planned += 1;
+                }
             }
+            assert!(planned > 0, "{folder}");
         }
-        assert!(planned > 0);
     }
 
     #[test]

@@ -131,3 +131,9 @@ pub fn clock_ticks() -> i64 {
     // SAFETY: no memory is involved.
     unsafe { libc::sysconf(libc::_SC_CLK_TCK) }
 }
+
+/// Lets a reader that has gone away (`| head`) end this process, as it ends other programs, instead of making it panic.
+pub fn end_with_reader() {
+    // SAFETY: the default action needs no handler and no memory; the process has one thread wherever this is called.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
