@@ -162,20 +162,3 @@ impl Listeners {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn both_families_can_be_listened_on_one_by_one_or_together() {
-        let together = listen("[::]:0".parse().unwrap(), &[], "clients", "listen").unwrap();
-        let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, together.local_addr().unwrap().port()));
-        TcpStream::connect(v4).await.unwrap();
-
-        let one = listen("0.0.0.0:0".parse().unwrap(), &[], "clients", "listen").unwrap();
-        let v4 = one.local_addr().unwrap();
-        let v6 = SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, v4.port()));
-        listen(v6, &[v4, v6], "clients", "listen").unwrap();
-    }
-}

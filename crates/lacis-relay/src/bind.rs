@@ -77,11 +77,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_families_may_be_named_side_by_side() {
-        let free = std::net::UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
-        let all = [format!("0.0.0.0:{free}"), format!("[::]:{free}")].map(|text| text.parse().unwrap());
-        let listeners: Vec<_> = all.iter().map(|&address| tcp(address, &all).unwrap()).collect();
-        let sockets: Vec<_> = all.iter().map(|&address| udp(address, &all, |_, _| Ok(())).unwrap()).collect();
-        assert_eq!((listeners.len(), sockets.len()), (2, 2));
+    async fn both_families_are_served_by_one_socket_or_by_two_side_by_side() {
+        let together = tcp("[::]:0".parse().unwrap(), &[]).unwrap();
+        let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, together.local_addr().unwrap().port()));
+        tokio::net::TcpStream::connect(v4).await.unwrap();
+
+        let one = tcp("0.0.0.0:0".parse().unwrap(), &[]).unwrap();
+        let v4 = one.local_addr().unwrap();
+        let all = [v4, SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, v4.port()))];
+        tcp(all[1], &all).unwrap();
+
+        let one = udp("0.0.0.0:0".parse().unwrap(), &[], |_, _| Ok(())).unwrap();
+        let v4 = one.local_addr().unwrap().as_socket().unwrap();
+        let all = [v4, SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, v4.port()))];
+        udp(all[1], &all, |_, _| Ok(())).unwrap();
     }
 }
