@@ -1,14 +1,12 @@
 //! Map streams: who listens, from when to when, and what each is sent next.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use lacis_wire::control::{NodeId, PeerChange};
 use lacis_wire::key::NodeKey;
 use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::watch;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::record::NodeRecord;
@@ -17,15 +15,6 @@ use super::{Core, frames, now};
 
 /// A client that reconnects within this was never away.
 const GRACE_SECONDS: i64 = 5;
-/// A change is told at once; what comes in a burst (a mass join) within the rest of this much time is told together.
-/// All streams have the same slots, so they are owed the same frame and share its bytes.
-const SLOT: Duration = Duration::from_millis(50);
-
-fn end_of_slot() -> Instant {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let into = Duration::from_nanos((now.as_nanos() % SLOT.as_nanos()) as u64);
-    Instant::now() + SLOT.saturating_sub(into)
-}
 
 /// One open map stream. While it lives its node is online.
 pub struct Subscription {
@@ -36,8 +25,6 @@ pub struct Subscription {
     compression: Compression,
     cursor: u64,
     head: watch::Receiver<u64>,
-    /// Nothing is told before.
-    not_before: Instant,
     token: CancellationToken,
 }
 
@@ -83,7 +70,6 @@ impl Core {
             compression,
             cursor: 0,
             head: tailnet.watch(),
-            not_before: Instant::now(),
             token: self.0.token.clone(),
         };
         let current = locked.snapshot().node(node.id).filter(|now| now.node_key == node.node_key).cloned();
@@ -138,9 +124,6 @@ impl Subscription {
                 }
                 () = self.token.cancelled() => return Ok(Next::End),
             }
-            if self.not_before > Instant::now() {
-                tokio::time::sleep_until(self.not_before).await;
-            }
             let frame = match self.tailnet.since(self.cursor) {
                 // Clients take a list without peers for "as before": where all have gone, only a new stream says so.
                 Since::Lost if self.tailnet.snapshot().nodes.len() < 2 => return Ok(Next::End),
@@ -166,7 +149,6 @@ impl Subscription {
             };
             if let Some(frame) = frame {
                 self.core.0.frames.inc();
-                self.not_before = end_of_slot();
                 return Ok(Next::Frame(frame));
             }
         }
