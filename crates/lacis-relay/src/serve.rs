@@ -139,7 +139,7 @@ async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str);
 }
 
 /// Reads the certificate named in the configuration and checks that it is for `hostname`.
-pub fn load_certificate(config: &Config) -> Result<Option<Arc<Certificate>>, Error> {
+fn load_certificate(config: &Config) -> Result<Option<Arc<Certificate>>, Error> {
     let Some(tls) = &config.tls else { return Ok(None) };
     let certificate = Certificate::load(&tls.cert_file, &tls.key_file)?;
     if let Some(host) = &config.hostname
