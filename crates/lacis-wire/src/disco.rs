@@ -3,6 +3,9 @@
 //! Used by the client's path logic; the relay only asks whether a datagram [`looks_like`] one. A datagram is
 //! `magic 6 ‖ sender's disco key 32 ‖ nonce 24 ‖ box`, the box holds `type ‖ version ‖ body`. No sockets, no
 //! clock. Messages about peer relays are kept as [`Message::Unknown`]: they are ignored quietly.
+//! [`traversal`] has what only Lacis nodes say to each other.
+
+pub mod traversal;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -11,6 +14,7 @@ use crypto_box::SalsaBox;
 use crypto_box::aead::AeadInPlace;
 
 use crate::key::{DiscoKey, DiscoPrivateKey, NodeKey};
+use traversal::Traversal;
 
 /// "TS" and a speech balloon.
 pub const MAGIC: [u8; 6] = [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac];
@@ -77,6 +81,8 @@ pub enum Message {
         /// The sender's endpoints; empty if the message could not be understood.
         endpoints: Vec<SocketAddr>,
     },
+    /// What Lacis nodes say to pass difficult NATs.
+    Traversal(Traversal),
     /// Something this version does not know. To be ignored quietly.
     Unknown {
         /// Its type.
@@ -142,6 +148,10 @@ impl Message {
                     put_endpoint(out, *endpoint);
                 }
             }
+            Self::Traversal(traversal) => {
+                out.extend_from_slice(&[traversal::TYPE, 0]);
+                traversal.encode(out);
+            }
             Self::Unknown { kind, version, body } => {
                 out.extend_from_slice(&[*kind, *version]);
                 out.extend_from_slice(body);
@@ -179,7 +189,10 @@ impl Message {
                     endpoints: if understood { endpoints.iter().map(endpoint).collect() } else { Vec::new() },
                 }
             }
-            _ => Self::Unknown { kind, version, body: body.to_vec() },
+            _ => match Traversal::parse(body) {
+                Some(traversal) if kind == traversal::TYPE && version == 0 => Self::Traversal(traversal),
+                _ => Self::Unknown { kind, version, body: body.to_vec() },
+            },
         })
     }
 }
