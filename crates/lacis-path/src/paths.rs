@@ -1,0 +1,235 @@
+//! The state machine as its owner sees it: inputs to peers, outputs and timers from them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use lacis_wire::key::NodeKey;
+
+use crate::core::{Core, Use};
+use crate::peer::PeerState;
+use crate::rotation::Rotation;
+use crate::search::Searches;
+use crate::survey::Survey;
+use crate::types::{Input, Output, Path, Peer, SocketId};
+use crate::why::Why;
+
+/// A socket on which nobody was heard for so long, and that is nobody's best way, is closed.
+const SILENT: Duration = Duration::from_mins(1);
+/// How often that is looked at.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// The ways to all peers. See the crate's documentation.
+#[derive(Debug)]
+pub struct Paths {
+    core: Core,
+    peers: BTreeMap<NodeKey, PeerState>,
+    sweep: Option<Instant>,
+    /// The clock, as the last call had it.
+    now: Option<Instant>,
+}
+
+impl Paths {
+    /// For the node with this key. `tun_mtu` is the size of packets inside the tunnel: ways must pass what becomes of
+    /// them. The seed makes identifiers of pings; they need not be secret, since all messages are sealed.
+    pub fn new(own: NodeKey, tun_mtu: u16, seed: u64) -> Self {
+        Self { core: Core::new(own, tun_mtu, seed), peers: BTreeMap::new(), sweep: None, now: None }
+    }
+
+    /// The node has another key now.
+    pub fn set_own_key(&mut self, own: NodeKey) {
+        self.core.own = own;
+    }
+
+    /// Something has happened.
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        self.now = Some(now);
+        let Self { core, peers, .. } = self;
+        match input {
+            Input::Peers(peers) => self.set_peers(now, peers),
+            Input::Local(local) => {
+                let told = core.local.endpoints != local.endpoints || core.local_at.is_none();
+                let moved = core.local.mapping != local.mapping
+                    || core
+                        .local
+                        .seen_v4
+                        .is_some_and(|old| local.seen_v4.is_some_and(|new| old.ip() != new.ip()));
+                core.local = local;
+                core.local_at = Some(now);
+                if moved {
+                    Survey::forget(core);
+                }
+                Survey::begin(core, now);
+                if told {
+                    peers.values_mut().for_each(|peer| peer.local_changed(core, now));
+                }
+            }
+            Input::LinkChanged => {
+                Survey::forget(core);
+                core.searching = None;
+                // What a server saw was another network's.
+                core.local.seen_v4 = None;
+                core.local_at = None;
+                core.out.push_back(Output::Measure);
+                peers.values_mut().for_each(|peer| peer.link_changed(core, now));
+            }
+            Input::Sending(key) => {
+                if let Some(peer) = peers.get_mut(&key) {
+                    peer.sending(core, now);
+                }
+            }
+            Input::Disco { peer, via, message } => {
+                if let Some(peer) = peers.get_mut(&peer) {
+                    peer.message(core, now, via, message);
+                }
+            }
+            Input::Authenticated { peer, .. } => {
+                if let Some(peer) = peers.get_mut(&peer) {
+                    peer.authenticated(now);
+                }
+            }
+            Input::SocketOpened { socket, ok } => self.socket_opened(now, socket, ok),
+            Input::Reflected { tx, seen } => {
+                if Survey::reflected(core, now, tx, seen.port()) {
+                    return;
+                }
+                for peer in peers.values_mut() {
+                    Rotation::reflected(peer, core, now, tx, seen);
+                    Searches::reflected(peer, core, now, tx, seen);
+                }
+            }
+            Input::SendFailed { peer, way } => {
+                if let Some(peer) = peers.get_mut(&peer) {
+                    peer.send_failed(core, now, way);
+                }
+            }
+            Input::Ping { peer, token } => {
+                if let Some(peer) = peers.get_mut(&peer) {
+                    peer.user_ping(core, now, token);
+                }
+            }
+            Input::Remembered(ways) => {
+                for (key, addr) in ways {
+                    if let Some(peer) = peers.get_mut(&key) {
+                        peer.remember(addr);
+                    }
+                }
+            }
+        }
+    }
+
+    fn set_peers(&mut self, now: Instant, list: Vec<Peer>) {
+        let Self { core, peers, .. } = self;
+        let mut gone = std::mem::take(peers);
+        for peer in list {
+            let key = peer.key;
+            let state = match gone.remove(&key) {
+                Some(mut state) => {
+                    if state.peer != peer {
+                        state.update(core, now, peer);
+                    }
+                    state
+                }
+                None => {
+                    let mut state = PeerState::new(peer, now);
+                    state.settle(core);
+                    state
+                }
+            };
+            peers.insert(key, state);
+        }
+        for state in gone.values_mut() {
+            state.end(core);
+        }
+    }
+
+    fn socket_opened(&mut self, now: Instant, socket: SocketId, ok: bool) {
+        let Self { core, peers, .. } = self;
+        let Some(entry) = core.sockets.get_mut(&socket) else { return };
+        entry.open = ok;
+        let used = entry.used;
+        match used {
+            Use::Survey => Survey::opened(core, socket, ok),
+            Use::Peer(key) => {
+                if let Some(peer) = peers.get_mut(&key) {
+                    Rotation::opened(peer, core, now, socket, ok);
+                    Searches::opened(peer, core, now, socket, ok);
+                }
+            }
+        }
+        if !ok {
+            core.sockets.remove(&socket);
+        }
+        self.sweep.get_or_insert(now + SWEEP);
+    }
+
+    /// Does what is due. To be called when [`Self::poll_timeout`] has come; earlier does no harm.
+    pub fn wake(&mut self, now: Instant) {
+        self.now = Some(now);
+        let Self { core, peers, .. } = self;
+        core.forget_old(now);
+        Survey::wake(core, now);
+        for peer in peers.values_mut() {
+            if peer.timeout(now).is_some_and(|at| at <= now) {
+                peer.wake(core, now);
+            }
+        }
+        if self.sweep.is_some_and(|at| at <= now) {
+            self.sweep_sockets(now);
+        }
+    }
+
+    fn sweep_sockets(&mut self, now: Instant) {
+        let Self { core, peers, .. } = self;
+        let mut unused = Vec::new();
+        for (id, socket) in &core.sockets {
+            let best = match socket.used {
+                Use::Survey => true,
+                Use::Peer(key) => {
+                    peers.get(&key).is_some_and(|peer| peer.best.is_some_and(|best| best.way.socket == *id))
+                }
+            };
+            if !socket.busy && !best && now >= socket.heard + SILENT {
+                unused.push((*id, socket.used));
+            }
+        }
+        for (id, used) in unused {
+            core.close_socket(id);
+            if let Use::Peer(key) = used
+                && let Some(peer) = peers.get_mut(&key)
+            {
+                peer.socket_gone(core, id);
+            }
+        }
+        self.sweep = (!core.sockets.is_empty()).then_some(now + SWEEP);
+    }
+
+    /// The next thing to be done.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.core.out.pop_front()
+    }
+
+    /// When [`Self::wake`] is to be called at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let now = self.now?;
+        let peers = self.peers.values().filter_map(|peer| peer.timeout(now));
+        peers.chain(self.core.survey.timeout()).chain(self.sweep).min()
+    }
+
+    /// Where the peer's packets go.
+    pub fn path(&self, peer: &NodeKey) -> Path {
+        self.peers.get(peer).map_or(Path::None, |peer| peer.path)
+    }
+
+    /// Ways that work now, to be kept over a restart. Only those of the main socket outlive it.
+    pub fn remember(&self) -> Vec<(NodeKey, SocketAddr)> {
+        let best = |peer: &PeerState| Some((peer.peer.key, peer.best.as_ref()?.way));
+        let ways = self.peers.values().filter_map(best);
+        ways.filter(|(_, way)| way.socket == SocketId::MAIN).map(|(key, way)| (key, way.addr)).collect()
+    }
+
+    /// In words: how the peer is reached, and why not better.
+    pub fn why(&self, now: Instant, peer: &NodeKey) -> Option<Why> {
+        self.peers.get(peer).map(|peer| Why::of(peer, &self.core, now))
+    }
+}

@@ -1,0 +1,285 @@
+//! The other side of a port search: probes the ports that an opener names, until one answers.
+//!
+//! Somebody who may send us messages could have us probe a stranger, so there are bounds: only addresses that the
+//! peer has as its own, few ports, few searches. A **canary** (a new socket that asks a server for its place) tells
+//! now and then whether the network still lets new flows through; if not, the search ends.
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
+
+use lacis_wire::disco::traversal::{Mapping, ProbeFrom, Traversal};
+use lacis_wire::disco::{Message, TxId};
+
+use crate::core::{Core, Purpose, SentPing, Use};
+use crate::peer::PeerState;
+use crate::search::{Outcome, TICK, close_unused};
+use crate::types::{Output, SocketId, Way};
+
+/// Probes in each burst: 1,000 a second.
+const PROBES: usize = 10;
+/// Ports probed from one socket.
+const MOST_PORTS: usize = 1024;
+/// Low sockets that a peer may ask for.
+const MOST_LOW: u8 = 2;
+/// A canary flies after so many probes.
+const CANARY: usize = 200;
+/// It has come back by then, or will not.
+const CANARY_AGAIN: Duration = Duration::from_millis(250);
+const CANARY_LOST: Duration = Duration::from_millis(700);
+/// The last answers may take this long.
+const LAST_ANSWERS: Duration = Duration::from_millis(800);
+/// From the first answer to a way that is proven.
+const HIT: Duration = Duration::from_millis(1500);
+/// A new socket's place is asked for so often.
+const ASK_AGAIN: Duration = Duration::from_millis(150);
+const ASKS: usize = 3;
+
+/// A socket that was opened because an opener asked for a port that nothing has spoilt.
+#[derive(Debug)]
+pub(crate) struct Fresh {
+    search: u32,
+    pub(crate) socket: SocketId,
+    asked: Vec<TxId>,
+    pub(crate) next: Option<Instant>,
+}
+
+impl Fresh {
+    pub(crate) fn asked(state: &mut PeerState, core: &mut Core, now: Instant, search: u32) {
+        if !core.local.searches || core.local.stun.is_empty() || !core.local.udp {
+            return;
+        }
+        if let Some(old) = state.searches.fresh.take() {
+            close_unused(state, core, old.socket);
+        }
+        let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
+        state.searches.fresh = Some(Self { search, socket, asked: Vec::new(), next: None });
+    }
+
+    pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
+        let Some(fresh) = state.searches.fresh.as_mut().filter(|fresh| fresh.socket == socket) else {
+            return;
+        };
+        if ok {
+            fresh.asked.extend(core.reflect(socket, 0));
+            fresh.next = Some(now + ASK_AGAIN);
+        } else {
+            state.searches.fresh = None;
+        }
+    }
+
+    pub(crate) fn reflected(state: &mut PeerState, core: &mut Core, tx: TxId, seen: SocketAddr) {
+        let Some(fresh) = state.searches.fresh.as_mut().filter(|fresh| fresh.asked.contains(&tx)) else {
+            return;
+        };
+        if let (SocketAddr::V4(at), Some(_)) = (seen, fresh.next) {
+            core.tell(state.peer.key, Traversal::FreshAt { search: fresh.search, at });
+        }
+        fresh.next = None;
+    }
+
+    pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
+        let Some(fresh) = &mut state.searches.fresh else { return };
+        if fresh.next.is_none_or(|next| next > now) {
+            return;
+        }
+        fresh.next = (fresh.asked.len() < ASKS).then_some(now + ASK_AGAIN);
+        if fresh.next.is_some() {
+            fresh.asked.extend(core.reflect(fresh.socket, fresh.asked.len()));
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Canary {
+    socket: SocketId,
+    asked: [Option<TxId>; 2],
+    since: Instant,
+}
+
+/// A search in which this side probes.
+#[derive(Debug)]
+pub(crate) struct Prober {
+    search: u32,
+    at: Ipv4Addr,
+    ports: Vec<u16>,
+    waiting: usize,
+    sockets: Vec<SocketId>,
+    /// Sockets that this search has opened.
+    own_sockets: bool,
+    /// Shared by all probes: the answer's source says which one it was.
+    tx: TxId,
+    sent: usize,
+    canary: Option<Canary>,
+    hit: bool,
+    pub(crate) next: Instant,
+}
+
+impl Prober {
+    pub(crate) fn begin(
+        state: &mut PeerState,
+        core: &mut Core,
+        now: Instant,
+        (search, from, at, ranges): (u32, ProbeFrom, Ipv4Addr, Vec<RangeInclusive<u16>>),
+    ) {
+        let refuse = |core: &mut Core| {
+            core.tell(state.peer.key, Traversal::Missed { search, probes: 0, exhausted: false });
+        };
+        let known = state.ways.keys().any(|way| way.addr.ip() == at);
+        let low = matches!(from, ProbeFrom::Low(_));
+        let able = core.local.searches
+            && core.local.udp
+            && (if low { core.local.low_ports } else { core.local.mapping != Mapping::Varies });
+        if !known || !able || core.searching.is_some() || state.searches.is_busy() {
+            return refuse(core);
+        }
+        let mut ports = Vec::new();
+        for range in ranges {
+            let mut some: Vec<_> = range.filter(|port| *port != 0).collect();
+            core.rng.shuffle(&mut some);
+            ports.extend(some);
+        }
+        ports.truncate(MOST_PORTS);
+        let fresh = state.searches.fresh.as_ref().filter(|fresh| fresh.search == search);
+        let sockets = match (from, fresh) {
+            (ProbeFrom::Main, _) => vec![SocketId::MAIN],
+            (ProbeFrom::Fresh, Some(fresh)) => vec![fresh.socket],
+            (ProbeFrom::Fresh, None) => return refuse(core),
+            (ProbeFrom::Low(_), _) => Vec::new(),
+        };
+        let mut waiting = Vec::new();
+        if let ProbeFrom::Low(count) = from {
+            for _ in 0..count.clamp(1, MOST_LOW) {
+                waiting.push(core.open_socket(now, Use::Peer(state.peer.key), true));
+            }
+        }
+        core.searching = Some(state.peer.key);
+        state.searches.prober = Some(Self {
+            search,
+            at,
+            ports,
+            waiting: waiting.len(),
+            sockets: if low { waiting } else { sockets },
+            own_sockets: low,
+            tx: core.tx(),
+            sent: 0,
+            canary: None,
+            hit: false,
+            next: if low { now + LAST_ANSWERS } else { now },
+        });
+        Self::wake(state, core, now);
+    }
+
+    pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
+        let Some(prober) = &mut state.searches.prober else { return };
+        if let Some(canary) = prober.canary.as_mut().filter(|canary| canary.socket == socket) {
+            if ok {
+                canary.asked[0] = core.reflect(socket, 0);
+                canary.since = now;
+            } else {
+                prober.canary = None;
+            }
+        } else if prober.own_sockets && prober.sockets.contains(&socket) {
+            prober.waiting -= 1;
+            if !ok {
+                prober.sockets.retain(|other| *other != socket);
+            }
+            if prober.waiting == 0 {
+                prober.next = now;
+            }
+        }
+    }
+
+    pub(crate) fn reflected(state: &mut PeerState, core: &mut Core, tx: TxId) {
+        if let Some(prober) = &mut state.searches.prober
+            && let Some(canary) = prober.canary
+            && canary.asked.contains(&Some(tx))
+        {
+            prober.canary = None;
+            core.close_socket(canary.socket);
+        }
+    }
+
+    pub(crate) fn hit(&mut self, now: Instant, socket: SocketId) {
+        if self.sockets.contains(&socket) && self.sent > 0 && !self.hit {
+            self.hit = true;
+            self.next = now + HIT;
+        }
+    }
+
+    pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
+        let Some(mut prober) = state.searches.prober.take() else { return };
+        if prober.next > now {
+            state.searches.prober = Some(prober);
+            return;
+        }
+        let exhausted = prober
+            .canary
+            .is_some_and(|canary| canary.asked[0].is_some() && now >= canary.since + CANARY_LOST);
+        let all = prober.ports.len() * prober.sockets.len();
+        if exhausted || prober.hit || prober.sent >= all {
+            let probes = prober.sent.min(usize::from(u16::MAX)) as u16;
+            core.tell(state.peer.key, Traversal::Missed { search: prober.search, probes, exhausted });
+            state.searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
+            prober.close(state, core);
+            core.searching = None;
+            return;
+        }
+        prober.watch_canary(core, now);
+        let before = prober.sent;
+        prober.burst(state, core, now);
+        prober.next = now + if prober.sent < all { TICK } else { LAST_ANSWERS };
+        if before / CANARY != prober.sent / CANARY && prober.canary.is_none() && !core.local.stun.is_empty() {
+            let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
+            prober.canary = Some(Canary { socket, asked: [None; 2], since: now });
+        }
+        state.searches.prober = Some(prober);
+    }
+
+    fn watch_canary(&mut self, core: &mut Core, now: Instant) {
+        if let Some(canary) = &mut self.canary
+            && canary.asked[0].is_some()
+            && canary.asked[1].is_none()
+            && now >= canary.since + CANARY_AGAIN
+        {
+            canary.asked[1] = core.reflect(canary.socket, 1);
+        }
+    }
+
+    fn burst(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) {
+        let end = (self.sent + PROBES).min(self.ports.len() * self.sockets.len());
+        for n in self.sent..end {
+            // All sockets try a port before the next one.
+            let socket = self.sockets[n % self.sockets.len()];
+            let addr = SocketAddr::V4(SocketAddrV4::new(self.at, self.ports[n / self.sockets.len()]));
+            let message = Message::Ping { tx: self.tx, node_key: Some(core.own), padding: 0 };
+            core.out.push_back(Output::Send {
+                peer: state.peer.key,
+                way: Way { socket, addr },
+                ttl: None,
+                message,
+            });
+        }
+        if self.sent == 0 {
+            let way = Some(Way::main(SocketAddr::from((self.at, 0))));
+            core.expect(
+                now,
+                self.tx,
+                SentPing { peer: state.peer.key, way, at: now, purpose: Purpose::Search },
+            );
+        }
+        state.history.probes += (end - self.sent) as u32;
+        self.sent = end;
+    }
+
+    pub(crate) fn close(self, state: &PeerState, core: &mut Core) {
+        if let Some(canary) = self.canary {
+            core.close_socket(canary.socket);
+        }
+        if self.own_sockets {
+            for socket in self.sockets {
+                close_unused(state, core, socket);
+            }
+        }
+    }
+}

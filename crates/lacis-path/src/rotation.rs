@@ -1,0 +1,185 @@
+//! Another socket, when the main one's port is spoilt.
+//!
+//! Some routers accept packets that nobody asked for on their own address and remember them ("open input"). If a
+//! peer's ping arrives before the inner host has sent to that peer, the pair of ports is taken, and what the inner
+//! host sends then leaves from a port that nobody expects: two ordinary home routers never get a direct path. The way
+//! through: a **new socket**, whose place a STUN server tells; from it a packet whose hops end between the routers, so
+//! that our own router maps the port and the peer's sees nothing; then a call-me-maybe with the new place. The peer's
+//! ping, from the port that everybody knows, is the first to arrive and finds an open door. Any client answers such a
+//! call, so it works with stock clients too. Routers in a row need more hops: each attempt adds one, from a socket of
+//! its own, since an attempt with too many hops spoils its port as well.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use lacis_wire::disco::TxId;
+use lacis_wire::disco::traversal::Mapping;
+
+use crate::core::{Core, Purpose, Use};
+use crate::peer::{OPENING_TTL, PeerState};
+use crate::types::{SocketId, Way};
+
+/// The quick rounds have this long.
+const AFTER: Duration = Duration::from_millis(550);
+/// Attempts, each with one hop more.
+const ATTEMPTS: u8 = 3;
+/// The next series.
+const AGAIN: Duration = Duration::from_mins(2);
+/// A server that does not answer is asked again, and another one.
+const ASK_AGAIN: Duration = Duration::from_millis(150);
+const ASKS: usize = 3;
+/// From the opening to our own pings: the peer's come first.
+const THEN_PING: Duration = Duration::from_millis(300);
+/// And from there to the next attempt.
+const THEN_GIVE_UP: Duration = Duration::from_millis(300);
+/// Addresses of the peer that are opened to.
+const MOST_ADDRESSES: usize = 6;
+
+#[derive(Debug)]
+enum Step {
+    /// Nothing yet, or between two series.
+    Waiting,
+    Opening,
+    Asking(Vec<TxId>),
+    Opened,
+    Pinged,
+}
+
+/// The attempts for one peer.
+#[derive(Debug)]
+pub(crate) struct Rotation {
+    step: Step,
+    next: Instant,
+    attempt: u8,
+    socket: SocketId,
+}
+
+impl Rotation {
+    pub(crate) fn timeout(&self) -> Instant {
+        self.next
+    }
+
+    /// The present attempt's socket.
+    pub(crate) fn uses(&self, socket: SocketId) -> bool {
+        !matches!(self.step, Step::Waiting) && self.socket == socket
+    }
+
+    pub(crate) fn stop(state: &mut PeerState, core: &mut Core) {
+        if let Some(rotation) = state.rotation.take() {
+            rotation.end_attempt(state, core);
+        }
+    }
+
+    /// The socket stays if the peer was heard on it.
+    fn end_attempt(&self, state: &mut PeerState, core: &mut Core) {
+        if matches!(self.step, Step::Waiting) {
+            return;
+        }
+        let works = |way: &Way| way.socket == self.socket;
+        if state.best.is_some_and(|best| works(&best.way)) || state.ways.iter().any(|(way, _)| works(way)) {
+            core.release(self.socket);
+        } else {
+            core.close_socket(self.socket);
+        }
+    }
+
+    /// Is there something that another port could help?
+    fn makes_sense(state: &PeerState, core: &Core) -> bool {
+        let ours = matches!(core.local.mapping, Mapping::Independent | Mapping::Unknown) && core.local.udp;
+        let theirs = !matches!(state.mapping(), Mapping::Varies) && state.nat.is_none_or(|nat| nat.udp);
+        ours && theirs && state.peer.home != 0 && !core.local.stun.is_empty() && !state.outside().is_empty()
+    }
+
+    pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
+        let Some(since) = state.waits_since() else { return };
+        let Some(mut rotation) = state.rotation.take() else {
+            let rotation =
+                Self { step: Step::Waiting, next: since + AFTER, attempt: 0, socket: SocketId::MAIN };
+            state.rotation = Some(rotation);
+            return;
+        };
+        if rotation.next <= now {
+            rotation.advance(state, core, now);
+        }
+        state.rotation = Some(rotation);
+    }
+
+    fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) {
+        match &mut self.step {
+            Step::Waiting => {
+                if !Self::makes_sense(state, core) {
+                    self.next = now + AFTER;
+                    return;
+                }
+                state.history.rotations += 1;
+                self.socket = core.open_socket(now, Use::Peer(state.peer.key), false);
+                self.step = Step::Opening;
+                self.next = now + ASK_AGAIN * 4;
+            }
+            Step::Opening => self.give_up(state, core, now),
+            Step::Asking(asked) => {
+                if asked.len() >= ASKS {
+                    self.give_up(state, core, now);
+                    return;
+                }
+                asked.extend(core.reflect(self.socket, asked.len()));
+                self.next = now + ASK_AGAIN;
+            }
+            Step::Opened => {
+                self.send(state, core, now, None);
+                self.step = Step::Pinged;
+                self.next = now + THEN_GIVE_UP;
+            }
+            Step::Pinged => self.give_up(state, core, now),
+        }
+    }
+
+    fn give_up(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) {
+        self.end_attempt(state, core);
+        self.step = Step::Waiting;
+        self.attempt += 1;
+        self.next = now;
+        if self.attempt >= ATTEMPTS {
+            self.attempt = 0;
+            self.next = now + AGAIN;
+        }
+    }
+
+    pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
+        let Some(mut rotation) = state.rotation.take() else { return };
+        if rotation.uses(socket) {
+            rotation.step =
+                Step::Asking(if ok { core.reflect(socket, 0).into_iter().collect() } else { Vec::new() });
+            rotation.next = if ok { now + ASK_AGAIN } else { now };
+            if !ok {
+                rotation.give_up(state, core, now);
+                rotation.next = now + AGAIN;
+            }
+        }
+        state.rotation = Some(rotation);
+    }
+
+    pub(crate) fn reflected(
+        state: &mut PeerState,
+        core: &mut Core,
+        now: Instant,
+        tx: TxId,
+        seen: SocketAddr,
+    ) {
+        let Some(mut rotation) = state.rotation.take() else { return };
+        if matches!(&rotation.step, Step::Asking(asked) if asked.contains(&tx)) {
+            rotation.send(state, core, now, Some(OPENING_TTL + rotation.attempt));
+            state.call_me_maybe(core, now, &[seen]);
+            rotation.step = Step::Opened;
+            rotation.next = now + THEN_PING;
+        }
+        state.rotation = Some(rotation);
+    }
+
+    fn send(&self, state: &PeerState, core: &mut Core, now: Instant, ttl: Option<u8>) {
+        for addr in state.outside().into_iter().take(MOST_ADDRESSES) {
+            let way = Way { socket: self.socket, addr };
+            core.ping(now, state.peer.key, Some(way), ttl, Purpose::Discover);
+        }
+    }
+}

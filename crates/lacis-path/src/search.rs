@@ -1,0 +1,429 @@
+//! Searching ports against a NAT whose mapping varies, agreed on over the relay: the side behind it **opens**, the
+//! other **probes** ([`crate::prober`]).
+//!
+//! The opener sends one packet from each of some new sockets to where the prober is seen, with hops that end between
+//! the routers: its NAT now has a port for each of them that lets the prober in, but nobody knows which. The prober
+//! then tries ports; a probe that finds one of them arrives, is answered, and both have a way. How many sockets and
+//! which ports depends on the NAT's allocator, which [`crate::survey`] has found out: a Linux router gives a source
+//! port in 512-1023 one of 424, so one socket and 424 probes are certain, and even two such NATs meet; a known block
+//! or a counter is nearly as good; anywhere else 256 sockets and 1,024 probes find each other in most cases. The
+//! figures are measured in `reference/natlab.md`, "Searching ports against a symmetric NAT".
+//!
+//! A search costs both routers entries, so there is one at a time, with few tries, and it ends as soon as new flows
+//! fail.
+
+use std::net::{SocketAddr, SocketAddrV4};
+use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
+
+use lacis_wire::disco::traversal::{Allocator, Mapping, ProbeFrom, Traversal};
+use lacis_wire::disco::{Message, TxId};
+
+use crate::core::{Core, Purpose, SentPing, Use};
+use crate::peer::{OPENING_TTL, PeerState};
+use crate::prober::{Fresh, Prober};
+use crate::survey::{LINUX_LOW, Survey};
+use crate::types::{Output, SocketId, Way};
+
+/// The quick rounds have this long before a search begins.
+const AFTER: Duration = Duration::from_millis(600);
+/// Tries in a series; each has one hop more, for routers in a row.
+const TRIES: u8 = 3;
+/// From one try to the next, and from one series to the next.
+const NEXT_TRY: Duration = Duration::from_millis(400);
+const NEXT_SERIES: Duration = Duration::from_mins(10);
+/// After a network had no room for more flows.
+const EXHAUSTED: Duration = Duration::from_mins(30);
+/// Packets go out in bursts.
+pub(crate) const TICK: Duration = Duration::from_millis(10);
+/// Openings in each: 2,000 a second.
+const OPENINGS: usize = 20;
+/// What an answer by relay may take.
+const ANSWER: Duration = Duration::from_millis(1500);
+/// Low sockets of each side, when both mappings vary.
+const LOW_PAIR: u8 = 2;
+
+/// How a search ended, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// No port was found.
+    Missed,
+    /// New flows failed: a router or carrier had enough.
+    Exhausted,
+}
+
+/// What is done to find a peer's ports, and to let it find ours.
+#[derive(Debug, Default)]
+pub(crate) struct Searches {
+    opener: Option<Opener>,
+    pub(crate) prober: Option<Prober>,
+    pub(crate) fresh: Option<Fresh>,
+    tries: u8,
+    next: Option<Instant>,
+    pub(crate) outcome: Option<Outcome>,
+}
+
+#[derive(Debug)]
+enum Step {
+    /// The prober opens a new socket.
+    Fresh,
+    /// Our sockets are being opened.
+    Sockets,
+    /// A server is asked where the counter is.
+    Counter(Option<TxId>),
+    /// Packets go out; the next is this one.
+    Opening(usize),
+    /// The prober is at work.
+    Probed,
+}
+
+#[derive(Debug)]
+struct Opener {
+    search: u32,
+    step: Step,
+    next: Instant,
+    plan: Plan,
+    target: Target,
+    waiting: Vec<SocketId>,
+    sockets: Vec<SocketId>,
+    /// A probe has arrived; what follows decides.
+    hit: bool,
+}
+
+/// Whom the openings are for.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    One(SocketAddrV4, ProbeFrom),
+    /// The prober's NAT varies too: all ports that its low sockets may have.
+    Low(SocketAddrV4),
+}
+
+#[derive(Clone, Debug)]
+struct Plan {
+    sockets: u16,
+    low: bool,
+    counter: bool,
+    ports: RangeInclusive<u16>,
+}
+
+impl Plan {
+    fn of(allocator: Allocator, low_ports: bool, both: bool) -> Self {
+        let plan = |sockets, ports| Self { sockets, low: false, counter: false, ports };
+        match allocator {
+            Allocator::Linux if low_ports => {
+                Self { low: true, ..plan(if both { u16::from(LOW_PAIR) } else { 1 }, LINUX_LOW) }
+            }
+            Allocator::Block(first, last) if last - first < 2048 => plan(32, first..=last),
+            Allocator::Block(first, last) => plan(64, first..=last),
+            Allocator::Counter(latest) => Self { counter: true, ..plan(8, latest..=latest) },
+            // Linux gives these ports twice as often as others, and a random allocator not less often.
+            Allocator::Linux | Allocator::Random | Allocator::Unknown => plan(256, 1024..=2047),
+        }
+    }
+
+    fn probes(&self) -> u32 {
+        u32::from(self.ports.end() - self.ports.start()) + 1
+    }
+}
+
+impl Searches {
+    pub(crate) fn timeout(&self) -> Option<Instant> {
+        let opener = self.opener.as_ref().map(|opener| opener.next);
+        let prober = self.prober.as_ref().map(|prober| prober.next);
+        let fresh = self.fresh.as_ref().and_then(|fresh| fresh.next);
+        [opener, prober, fresh, self.next].into_iter().flatten().min()
+    }
+
+    pub(crate) fn is_busy(&self) -> bool {
+        self.opener.is_some() || self.prober.is_some()
+    }
+
+    /// Ends everything, without a result.
+    pub(crate) fn stop(state: &mut PeerState, core: &mut Core) {
+        if let Some(opener) = state.searches.opener.take() {
+            opener.close(state, core);
+        }
+        if let Some(prober) = state.searches.prober.take() {
+            prober.close(state, core);
+        }
+        if let Some(fresh) = state.searches.fresh.take() {
+            close_unused(state, core, fresh.socket);
+        }
+        if core.searching == Some(state.peer.key) {
+            core.searching = None;
+        }
+    }
+
+    /// There is a direct way: what was searched for is found, or not needed.
+    pub(crate) fn found(state: &mut PeerState, core: &mut Core) {
+        Self::stop(state, core);
+        state.searches.tries = 0;
+        state.searches.next = None;
+        state.searches.outcome = None;
+    }
+
+    pub(crate) fn message(state: &mut PeerState, core: &mut Core, now: Instant, message: Traversal) {
+        match message {
+            Traversal::Nat { .. } => {}
+            Traversal::Fresh { search } => Fresh::asked(state, core, now, search),
+            Traversal::FreshAt { search, at } => {
+                if let Some(opener) = &mut state.searches.opener
+                    && opener.search == search
+                    && matches!(opener.step, Step::Fresh)
+                {
+                    opener.target = Target::One(at, ProbeFrom::Fresh);
+                    opener.open(core, now, state.peer.key);
+                }
+            }
+            Traversal::Probe { search, from, at, ports } => {
+                Prober::begin(state, core, now, (search, from, at, ports));
+            }
+            Traversal::Missed { search, probes, exhausted } => {
+                if state.searches.opener.as_ref().is_some_and(|opener| opener.search == search) {
+                    state.history.probes += u32::from(probes);
+                    Self::missed(state, core, now, exhausted);
+                }
+            }
+        }
+    }
+
+    fn missed(state: &mut PeerState, core: &mut Core, now: Instant, exhausted: bool) {
+        Self::stop(state, core);
+        let searches = &mut state.searches;
+        searches.tries += 1;
+        searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
+        let pause = match (exhausted, searches.tries < TRIES) {
+            (true, _) => EXHAUSTED,
+            (false, true) => NEXT_TRY,
+            (false, false) => NEXT_SERIES,
+        };
+        if pause != NEXT_TRY {
+            searches.tries = 0;
+        }
+        searches.next = Some(now + pause);
+    }
+
+    pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
+        Fresh::wake(state, core, now);
+        Prober::wake(state, core, now);
+        if let Some(mut opener) = state.searches.opener.take() {
+            let lost = opener.next <= now && opener.advance(state, core, now);
+            state.searches.opener = Some(opener);
+            if lost {
+                Self::missed(state, core, now, false);
+            }
+            return;
+        }
+        let Some(since) = state.waits_since() else {
+            state.searches.next = None;
+            return;
+        };
+        let due = state.searches.next.get_or_insert(since + AFTER);
+        if *due > now {
+            return;
+        }
+        match Self::target(state, core) {
+            None => state.searches.next = Some(now + AFTER),
+            Some(target) => Self::begin(state, core, now, target),
+        }
+    }
+
+    /// What a search would open to, if one makes sense and ours is the side that opens.
+    fn target(state: &PeerState, core: &Core) -> Option<Target> {
+        let (ours, theirs) = (core.nat_report(), state.nat?);
+        if !(ours.udp && ours.searches && theirs.udp && theirs.searches) || ours.mapping != Mapping::Varies {
+            return None;
+        }
+        let seen = theirs.seen?;
+        match theirs.mapping {
+            Mapping::Independent | Mapping::Open if state.searches.tries == 0 => {
+                Some(Target::One(seen, ProbeFrom::Main))
+            }
+            Mapping::Independent | Mapping::Open => Some(Target::One(seen, ProbeFrom::Fresh)),
+            Mapping::Varies => {
+                let low = |nat: &lacis_wire::disco::traversal::NatReport| {
+                    nat.allocator == Allocator::Linux && nat.low_ports
+                };
+                (low(&ours) && low(&theirs) && core.own < state.peer.key).then_some(Target::Low(seen))
+            }
+            Mapping::Unknown => None,
+        }
+    }
+
+    fn begin(state: &mut PeerState, core: &mut Core, now: Instant, target: Target) {
+        if core.searching.is_some() || core.survey.is_running() || state.searches.is_busy() {
+            state.searches.next = Some(now + NEXT_TRY);
+            return;
+        }
+        if core.survey.allocator() == Allocator::Unknown {
+            Survey::begin(core, now);
+            if core.survey.is_running() {
+                state.searches.next = Some(now + NEXT_TRY);
+                return;
+            }
+        }
+        core.searching = Some(state.peer.key);
+        state.searches.next = None;
+        let both = matches!(target, Target::Low(_));
+        let plan = Plan::of(core.survey.allocator(), core.local.low_ports, both);
+        let mut opener = Opener {
+            search: core.rng.u32(..),
+            step: Step::Fresh,
+            next: now + ANSWER,
+            plan,
+            target,
+            waiting: Vec::new(),
+            sockets: Vec::new(),
+            hit: false,
+        };
+        match target {
+            Target::One(_, ProbeFrom::Fresh) => {
+                core.tell(state.peer.key, Traversal::Fresh { search: opener.search });
+            }
+            _ => opener.open(core, now, state.peer.key),
+        }
+        state.searches.opener = Some(opener);
+    }
+
+    pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
+        Fresh::opened(state, core, now, socket, ok);
+        Prober::opened(state, core, now, socket, ok);
+        if let Some(opener) = &mut state.searches.opener
+            && opener.waiting.contains(&socket)
+        {
+            opener.waiting.retain(|waiting| *waiting != socket);
+            if ok {
+                opener.sockets.push(socket);
+            }
+            if opener.waiting.is_empty() {
+                opener.next = now;
+            }
+        }
+    }
+
+    pub(crate) fn reflected(
+        state: &mut PeerState,
+        core: &mut Core,
+        now: Instant,
+        tx: TxId,
+        seen: SocketAddr,
+    ) {
+        Fresh::reflected(state, core, tx, seen);
+        Prober::reflected(state, core, tx);
+        if let Some(opener) = &mut state.searches.opener
+            && matches!(opener.step, Step::Counter(Some(asked)) if asked == tx)
+        {
+            let latest = seen.port();
+            opener.plan.ports = latest.saturating_add(1)..=latest.saturating_add(64);
+            opener.step = Step::Opening(0);
+            opener.next = now;
+        }
+    }
+
+    /// A probe has arrived on one of our sockets, or one of ours was answered.
+    pub(crate) fn hit(&mut self, now: Instant, socket: SocketId) {
+        if let Some(opener) = &mut self.opener
+            && opener.sockets.contains(&socket)
+            && !opener.hit
+        {
+            opener.hit = true;
+            opener.next = now + ANSWER;
+        }
+        if let Some(prober) = &mut self.prober {
+            prober.hit(now, socket);
+        }
+    }
+}
+
+impl Opener {
+    fn open(&mut self, core: &mut Core, now: Instant, peer: lacis_wire::key::NodeKey) {
+        self.step = Step::Sockets;
+        self.next = now + ANSWER;
+        for _ in 0..self.plan.sockets {
+            self.waiting.push(core.open_socket(now, Use::Peer(peer), self.plan.low));
+        }
+    }
+
+    /// True when the search is over without a result.
+    fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) -> bool {
+        match self.step {
+            Step::Fresh | Step::Probed => return true,
+            Step::Sockets if self.sockets.is_empty() => return true,
+            Step::Sockets if self.plan.counter => {
+                self.step = Step::Counter(core.reflect(self.sockets[0], 0));
+                self.next = now + ANSWER;
+            }
+            Step::Counter(_) => return true,
+            Step::Sockets => {
+                self.step = Step::Opening(0);
+                self.send(state, core, now, 0);
+            }
+            Step::Opening(at) => self.send(state, core, now, at),
+        }
+        false
+    }
+
+    fn send(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, at: usize) {
+        let ttl = OPENING_TTL + state.searches.tries;
+        let targets = match self.target {
+            Target::One(..) => 1,
+            Target::Low(_) => LINUX_LOW.count(),
+        };
+        let all = self.sockets.len() * targets;
+        let end = (at + OPENINGS).min(all);
+        let tx = core.tx();
+        for n in at..end {
+            let addr = match self.target {
+                Target::One(addr, _) => addr,
+                Target::Low(addr) => SocketAddrV4::new(*addr.ip(), LINUX_LOW.start() + (n % targets) as u16),
+            };
+            let way = Way { socket: self.sockets[n / targets], addr: addr.into() };
+            let message = Message::Ping { tx, node_key: Some(core.own), padding: 0 };
+            core.out.push_back(Output::Send { peer: state.peer.key, way, ttl: Some(ttl), message });
+        }
+        // Should one arrive after all, its answer counts.
+        let way = Way::main(SocketAddr::from(([0, 0, 0, 0], 0)));
+        core.expect(
+            now,
+            tx,
+            SentPing { peer: state.peer.key, way: Some(way), at: now, purpose: Purpose::Search },
+        );
+        state.history.probes += (end - at) as u32;
+        if end < all {
+            self.step = Step::Opening(end);
+            self.next = now + TICK;
+            return;
+        }
+        let Some(seen) = core.local.seen_v4 else {
+            self.next = now;
+            self.step = Step::Probed;
+            return;
+        };
+        let from = match self.target {
+            Target::One(_, from) => from,
+            Target::Low(_) => ProbeFrom::Low(LOW_PAIR),
+        };
+        let (search, ports) = (self.search, vec![self.plan.ports.clone()]);
+        core.tell(state.peer.key, Traversal::Probe { search, from, at: *seen.ip(), ports });
+        let sockets = if matches!(self.target, Target::Low(_)) { u32::from(LOW_PAIR) } else { 1 };
+        self.step = Step::Probed;
+        self.next = now + Duration::from_millis(u64::from(self.plan.probes() * sockets)) + ANSWER * 2;
+    }
+
+    fn close(self, state: &mut PeerState, core: &mut Core) {
+        for socket in self.waiting.iter().chain(&self.sockets) {
+            close_unused(state, core, *socket);
+        }
+    }
+}
+
+/// Closes a socket, unless the peer was heard on it.
+pub(crate) fn close_unused(state: &PeerState, core: &mut Core, socket: SocketId) {
+    let heard = state.ways.keys().any(|way| way.socket == socket);
+    if socket == SocketId::MAIN {
+    } else if heard {
+        core.release(socket);
+    } else {
+        core.close_socket(socket);
+    }
+}
