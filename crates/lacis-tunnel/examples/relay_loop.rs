@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{Side, by_relay, cable, missing, pair};
-use lacis_tunnel::Path;
+use lacis_tunnel::{Path, Way};
 
 /// Runs iperf3 from `a` to `to` in `b`; returns the last lines of its report.
 fn iperf(a: &Side, b: &Side, to: IpAddr, words: &str) -> String {
@@ -81,8 +81,8 @@ fn main() {
             continue;
         }
         if direct {
-            a.tunnel.set_path(b.key, Path::Direct(b_addr));
-            b.tunnel.set_path(a.key, Path::Direct(a_addr));
+            a.tunnel.set_path(b.key, Path::Direct(Way::main(b_addr)));
+            b.tunnel.set_path(a.key, Path::Direct(Way::main(a_addr)));
         }
         let before = cpu();
         let report = iperf(&a, &b, to, &words);

@@ -43,38 +43,105 @@ pub struct PeerConfig {
     pub persistent_keepalive: Option<u16>,
 }
 
+/// One of the tunnel's UDP sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SocketId(pub u32);
+
+impl SocketId {
+    /// The main pair, IPv4 and IPv6 (on one port unless it was taken). All other numbers are the user's to choose.
+    pub const MAIN: Self = Self(0);
+}
+
+/// A way by UDP: from one of our sockets to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Way {
+    /// Our end. Auxiliary sockets have IPv4 only.
+    pub socket: SocketId,
+    /// The other end.
+    pub addr: SocketAddr,
+}
+
+impl Way {
+    /// From the main sockets to this address.
+    pub const fn main(addr: SocketAddr) -> Self {
+        Self { socket: SocketId::MAIN, addr }
+    }
+
+    /// The same way with an IPv4-mapped address written as IPv4, as the sockets need it.
+    pub(crate) fn canonical(self) -> Self {
+        let addr = match self.addr {
+            SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+                Some(v4) => SocketAddr::from((v4, v6.port())),
+                None => self.addr,
+            },
+            SocketAddr::V4(_) => self.addr,
+        };
+        Self { addr, ..self }
+    }
+}
+
 /// Where the sealed packets of a peer go. A new peer begins with [`Path::None`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Path {
-    /// Nowhere: the first packets wait for a path (inside the WireGuard state), others are dropped.
+    /// Nowhere of our own choice: the first packets wait for a path (inside the WireGuard state), others are dropped.
+    /// Only a peer that is heard gets its answers where it was heard last, be it the relay or a way.
     #[default]
     None,
     /// To its relay, through [`crate::Outputs::relay`].
     Relay,
-    /// By UDP to this address.
-    Direct(SocketAddr),
-    /// Both, while an address is not yet trusted.
-    DirectAndRelay(SocketAddr),
+    /// By UDP.
+    Direct(Way),
+    /// Both, while a way is not yet trusted.
+    DirectAndRelay(Way),
 }
 
 impl Path {
-    /// The same path with an IPv4-mapped address written as IPv4, as the sockets need it.
+    /// The same path with an IPv4-mapped address written as IPv4.
     pub(crate) fn canonical(self) -> Self {
         match self {
-            Self::Direct(addr) => Self::Direct(canonical(addr)),
-            Self::DirectAndRelay(addr) => Self::DirectAndRelay(canonical(addr)),
-            other => other,
+            Self::Direct(way) => Self::Direct(way.canonical()),
+            Self::DirectAndRelay(way) => Self::DirectAndRelay(way.canonical()),
+            Self::None | Self::Relay => self,
         }
+    }
+
+    fn way(self) -> Option<Way> {
+        match self {
+            Self::Direct(way) | Self::DirectAndRelay(way) => Some(way),
+            Self::None | Self::Relay => None,
+        }
+    }
+
+    fn has_relay(self) -> bool {
+        matches!(self, Self::Relay | Self::DirectAndRelay(_))
+    }
+
+    /// Whether what goes by this path gets everywhere that `other` leads.
+    pub(crate) fn covers(self, other: Self) -> bool {
+        (self.has_relay() || !other.has_relay()) && (other.way().is_none() || other.way() == self.way())
     }
 }
 
-/// Writes an IPv4-mapped IPv6 address as IPv4.
-pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
-    match addr {
-        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
-            Some(v4) => SocketAddr::from((v4, v6.port())),
-            None => addr,
-        },
-        SocketAddr::V4(_) => addr,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_covers_its_parts() {
+        let way = |n: u32| Way { socket: SocketId(n), addr: SocketAddr::from(([192, 0, 2, 1], 9)) };
+        let both = Path::DirectAndRelay(way(0));
+        for part in [Path::None, Path::Relay, Path::Direct(way(0)), both] {
+            assert!(both.covers(part), "{part:?}");
+        }
+        assert!(!both.covers(Path::Direct(way(1))));
+        assert!(!Path::Direct(way(0)).covers(Path::Relay));
+        assert!(!Path::Relay.covers(both));
+        assert!(!Path::None.covers(Path::Relay));
+    }
+
+    #[test]
+    fn a_mapped_address_is_ipv4() {
+        let mapped = Way::main("[::ffff:192.0.2.1]:9".parse().unwrap());
+        assert_eq!(mapped.canonical(), Way::main("192.0.2.1:9".parse().unwrap()));
     }
 }

@@ -75,3 +75,10 @@ pub enum Error {
     #[error("cannot start the packet thread: {0}")]
     Thread(#[source] io::Error),
 }
+
+impl Error {
+    /// Somebody else has the port.
+    pub(crate) fn is_port_taken(&self) -> bool {
+        matches!(self, Self::Udp { source, .. } if source.kind() == io::ErrorKind::AddrInUse)
+    }
+}

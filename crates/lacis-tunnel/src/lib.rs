@@ -10,6 +10,7 @@
 //! - [`Tunnel::set_identity`], [`Tunnel::set_peers`], [`Tunnel::set_path`], [`Tunnel::set_filter`] give it its state;
 //! - [`Outputs::relay`] carries sealed packets as ready DERP frames, [`Tunnel::relay_in`] takes the other direction;
 //! - [`Outputs::udp`] and [`Tunnel::send_udp`] share the sockets with path discovery and STUN;
+//!   [`Tunnel::open_socket`] opens more of them: a [`Way`] is a socket of ours and an address;
 //! - [`Outputs::quad100`] and [`Tunnel::inject`] connect the resolver that lives inside the device.
 
 mod checksum;
@@ -28,10 +29,10 @@ mod tsmp;
 mod tunnel;
 mod worker;
 
-pub use config::{DEFAULT_MTU, Path, PeerConfig, TunnelConfig};
+pub use config::{DEFAULT_MTU, Path, PeerConfig, SocketId, TunnelConfig, Way};
 pub use error::Error;
 pub use filter::{DropReason, Filter, Flows, Verdict};
-pub use outputs::{Event, Outputs, PongKind, RelayBatch, RelayOutput, UdpIn};
+pub use outputs::{Event, Outputs, PongKind, RelayBatch, RelayOutput, SendFailure, UdpIn};
 pub use packet::{Parsed, protocol};
 pub use stats::{PeerStats, Stats};
 pub use tsmp::{Reject, RejectReason};

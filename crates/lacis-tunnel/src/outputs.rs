@@ -12,6 +12,7 @@ use bytes::Bytes;
 use lacis_wire::key::NodeKey;
 use tokio::sync::mpsc;
 
+use crate::config::{SocketId, Way};
 use crate::stats::Counters;
 use crate::tsmp::Reject;
 
@@ -23,8 +24,8 @@ const RELAY_BATCHES: usize = 8192;
 const UDP_DATAGRAMS: usize = 1024;
 /// Packets to the resolver that may wait.
 const QUAD100_PACKETS: usize = 256;
-/// Events that may wait.
-const EVENTS: usize = 1024;
+/// Events that may wait: more than hundreds of sockets opened at once make.
+const EVENTS: usize = 2048;
 /// Large frame buffers kept for the next batch.
 const POOLED: usize = 16;
 /// Batches below this are copied into a buffer of their own size: what waits then takes at most about four times
@@ -48,8 +49,8 @@ pub struct Outputs {
 /// A datagram that is not WireGuard's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UdpIn {
-    /// Who sent it. IPv4 is never written as mapped IPv6.
-    pub from: SocketAddr,
+    /// By which socket it came and who sent it. IPv4 is never written as mapped IPv6.
+    pub way: Way,
     /// The whole datagram: STUN or disco by its first bytes, otherwise unchecked.
     pub data: Bytes,
 }
@@ -116,6 +117,19 @@ pub enum PongKind {
     },
 }
 
+/// Why nothing can be sent by a way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SendFailure {
+    /// The host has no route there, or no interface that is up.
+    Unreachable,
+    /// The host's firewall forbids it.
+    Forbidden,
+    /// Datagrams of this size cannot go there, not even in fragments.
+    TooBig,
+    /// The socket is closed, or has not the family of the address.
+    NoSocket,
+}
+
 /// Something the client may act on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -125,13 +139,29 @@ pub enum Event {
         /// The peer.
         key: NodeKey,
     },
-    /// A packet that opened with this peer's session came by UDP from an address other than the last one.
+    /// A packet that opened with this peer's session came by UDP by a way other than the last one.
     /// At most twice a second for each peer.
     AuthenticatedSource {
         /// The peer.
         key: NodeKey,
-        /// Where the packet came from.
-        addr: SocketAddr,
+        /// How the packet came.
+        way: Way,
+    },
+    /// Packets for this peer could not be sent by its path and are lost. At most twice a second for each peer.
+    SendFailed {
+        /// The peer.
+        key: NodeKey,
+        /// The way of its path.
+        way: Way,
+        /// Why.
+        kind: SendFailure,
+    },
+    /// The answer to [`crate::Tunnel::open_socket`].
+    SocketOpened {
+        /// The number it was given.
+        socket: SocketId,
+        /// Its port; `None` when it could not be opened (the log says why).
+        port: Option<u16>,
     },
     /// This host sends packets to the peer: time to find or keep a path. At most every two seconds for each peer.
     PeerActive {
@@ -281,9 +311,9 @@ impl Senders {
         slot.send(RelayBatch { key, frames: Bytes::from_owner(frames) });
     }
 
-    pub(crate) fn udp(&self, from: SocketAddr, data: &[u8]) {
+    pub(crate) fn udp(&self, way: Way, data: &[u8]) {
         match self.udp.try_reserve() {
-            Ok(slot) => slot.send(UdpIn { from, data: Bytes::copy_from_slice(data) }),
+            Ok(slot) => slot.send(UdpIn { way, data: Bytes::copy_from_slice(data) }),
             Err(_) => self.counters.udp_output_full.add(1),
         }
     }

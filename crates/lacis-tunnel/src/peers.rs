@@ -5,7 +5,7 @@
 //! thousands costs memory only for the few that are talked to.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,16 @@ use lacis_wire::key::{NodeKey, NodePrivateKey};
 use prefix_trie::PrefixMap;
 use tracing::warn;
 
-use crate::config::{Path, PeerConfig};
+use crate::config::{Path, PeerConfig, Way};
 use crate::stats::PeerCounters;
 
 /// Handshakes a second from all addresses before cookies are asked for.
 const HANDSHAKES_PER_SECOND: u64 = 100;
+/// Pauses before an initiation is repeated while packets wait: one that is lost costs the first connection to a new
+/// peer this long, where WireGuard's timer would cost five seconds. No shorter than a round trip by relay, for an
+/// answer to an initiation before the last one is not taken. After these the timer takes over.
+pub(crate) const RETRIES: [Duration; 3] =
+    [Duration::from_millis(400), Duration::from_millis(600), Duration::from_secs(1)];
 /// WireGuard's state has 24 bits for the index of a peer.
 const INDEX_BITS: u32 = 24;
 const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
@@ -45,6 +50,8 @@ pub(crate) struct Peer {
     pub(crate) key: NodeKey,
     pub(crate) config: PeerConfig,
     pub(crate) path: Path,
+    /// Where it was heard since the path was last set; only kept while that is [`Path::None`].
+    pub(crate) heard: Path,
     pub(crate) tunn: Option<Box<Tunn>>,
     pub(crate) counters: Arc<PeerCounters>,
     index: u32,
@@ -52,16 +59,41 @@ pub(crate) struct Peer {
     pub(crate) confirmed: bool,
     /// Packets wait inside `tunn` for a session.
     pub(crate) waiting: bool,
+    /// When the next initiation goes out for them, unless a session comes first; none when WireGuard's own timer is
+    /// left to it.
+    pub(crate) retry: Option<Instant>,
+    /// Initiations so repeated.
+    pub(crate) retries: u8,
     /// Packets taken in while there was no path.
     pub(crate) pathless: u32,
     pub(crate) last_tick: Instant,
     pub(crate) last_used: Instant,
-    pub(crate) source: Option<SocketAddr>,
+    pub(crate) source: Option<Way>,
     pub(crate) source_told: Option<Instant>,
     pub(crate) active_told: Option<Instant>,
+    pub(crate) failure_told: Option<Instant>,
 }
 
 impl Peer {
+    /// Where packets to it go: by its path, and without one where it was heard.
+    #[inline]
+    pub(crate) fn way_out(&self) -> Path {
+        if self.path == Path::None { self.heard } else { self.path }
+    }
+
+    /// Packets wait for a session from now on, and its initiation has just gone out.
+    pub(crate) fn wait(&mut self, now: Instant) {
+        self.waiting = true;
+        self.retries = 0;
+        self.retry = Some(now + RETRIES[0]);
+    }
+
+    /// Nothing waits any more. Returns whether something did.
+    pub(crate) fn stop_waiting(&mut self) -> bool {
+        self.retry = None;
+        std::mem::take(&mut self.waiting)
+    }
+
     /// The WireGuard state, made if there is none. The second value says that it was made.
     pub(crate) fn tunn(&mut self, identity: &Identity, now: Instant) -> (&mut Tunn, bool) {
         let fresh = self.tunn.is_none();
@@ -70,6 +102,7 @@ impl Peer {
             self.last_used = now;
             self.confirmed = false;
             self.waiting = false;
+            self.retry = None;
             self.pathless = 0;
             Box::new(Tunn::new(
                 identity.secret.clone(),
@@ -86,8 +119,9 @@ impl Peer {
     /// Forgets session and handshake.
     pub(crate) fn reset(&mut self) {
         self.tunn = None;
+        self.heard = Path::None;
         self.confirmed = false;
-        self.waiting = false;
+        self.stop_waiting();
         self.pathless = 0;
     }
 
@@ -216,17 +250,21 @@ impl Peers {
                 key,
                 config,
                 path: Path::None,
+                heard: Path::None,
                 tunn: None,
                 counters: Arc::default(),
                 index: slot ^ self.mask,
                 confirmed: false,
                 waiting: false,
+                retry: None,
+                retries: 0,
                 pathless: 0,
                 last_tick: now,
                 last_used: now,
                 source: None,
                 source_told: None,
                 active_told: None,
+                failure_told: None,
             }));
         }
         if removed && self.conflicts {

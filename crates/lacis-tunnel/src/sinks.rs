@@ -3,16 +3,16 @@
 //! Packets are sealed straight into the batch. A batch goes out when its destination changes, when it is full, and
 //! when the packet thread has nothing more to read; there are no timers.
 
-use std::net::SocketAddr;
 use std::time::Instant;
 
 use lacis_wire::derp::{SEND_PACKET_HEADER_LEN, write_send_packet_header};
 use lacis_wire::key::NodeKey;
 
-use crate::config::Path;
-use crate::outputs::Senders;
+use crate::config::{Path, SocketId, Way};
+use crate::outputs::{SendFailure, Senders};
 use crate::stats::Counters;
-use crate::sys::udp::{MAX_SEGMENTS, Sockets, max_batch};
+use crate::sys::sockets::Sockets;
+use crate::sys::udp::{MAX_SEGMENTS, max_batch};
 
 /// A whole UDP batch and the largest packet after it.
 const UDP_BUFFER: usize = 2 * (64 << 10) + 1024;
@@ -22,16 +22,28 @@ const RELAY_BUFFER: usize = 72 << 10;
 const HANDSHAKE: usize = 148;
 /// What sealing adds.
 const OVERHEAD: usize = 32;
+/// Failures kept until somebody asks, at the end of a turn.
+const FAILURES: usize = 16;
 
 /// Room that sealing a packet of this length may need.
 pub(crate) fn sealed_len(packet: usize) -> usize {
     (packet + OVERHEAD).max(HANDSHAKE)
 }
 
+/// Packets of a peer could not be sent by its path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failure {
+    pub(crate) key: NodeKey,
+    pub(crate) way: Way,
+    pub(crate) kind: SendFailure,
+}
+
 #[derive(Debug)]
 struct UdpBatch {
     buffer: Box<[u8]>,
-    to: Option<SocketAddr>,
+    to: Option<Way>,
+    /// Whose packets these are.
+    key: NodeKey,
     used: usize,
     segment: usize,
     count: usize,
@@ -52,6 +64,8 @@ pub(crate) struct Sinks {
     pub(crate) sockets: Sockets,
     udp: UdpBatch,
     relay: RelayFrames,
+    /// What could not be sent since this was last emptied.
+    pub(crate) failures: Vec<Failure>,
 }
 
 impl Sinks {
@@ -61,6 +75,7 @@ impl Sinks {
             udp: UdpBatch {
                 buffer: vec![0; UDP_BUFFER].into_boxed_slice(),
                 to: None,
+                key: NodeKey::default(),
                 used: 0,
                 segment: 0,
                 count: 0,
@@ -72,6 +87,7 @@ impl Sinks {
                 used: 0,
                 count: 0,
             },
+            failures: Vec::with_capacity(FAILURES),
         }
     }
 
@@ -92,7 +108,7 @@ impl Sinks {
                 if len == 0 {
                     return &[];
                 }
-                let at = self.udp_commit(len, out.counters(), now);
+                let at = self.udp_commit(key, len, out.counters(), now);
                 if matches!(path, Path::DirectAndRelay(_)) {
                     let space = Self::relay_space(&mut self.relay, key, len, out);
                     space[..len].copy_from_slice(&self.udp.buffer[at..at + len]);
@@ -117,17 +133,17 @@ impl Sinks {
         }
     }
 
-    fn udp_space(&mut self, to: SocketAddr, need: usize, counters: &Counters, now: Instant) -> &mut [u8] {
+    fn udp_space(&mut self, to: Way, need: usize, counters: &Counters, now: Instant) -> &mut [u8] {
         let batch = &self.udp;
         let other = batch.to != Some(to) || batch.closed || batch.count >= MAX_SEGMENTS;
-        if batch.count > 0 && (other || batch.used + need > max_batch(to)) {
+        if batch.count > 0 && (other || batch.used + need > max_batch(to.addr)) {
             self.flush_udp(counters, now);
         }
         self.udp.to = Some(to);
         &mut self.udp.buffer[self.udp.used..]
     }
 
-    fn udp_commit(&mut self, len: usize, counters: &Counters, now: Instant) -> usize {
+    fn udp_commit(&mut self, key: &NodeKey, len: usize, counters: &Counters, now: Instant) -> usize {
         let mut at = self.udp.used;
         if self.udp.count > 0 && len > self.udp.segment {
             // A longer one cannot follow: what was there goes out, and this one begins the next batch.
@@ -140,6 +156,7 @@ impl Sinks {
         let batch = &mut self.udp;
         if batch.count == 0 {
             batch.segment = len;
+            batch.key = *key;
         }
         batch.closed = len < batch.segment;
         batch.used = at + len;
@@ -183,6 +200,11 @@ impl Sinks {
             counters.udp_send_errors.add(sent.errors);
             counters.udp_gso_fallbacks.add(u64::from(sent.fallback));
             counters.udp_sends.add(1);
+            if let Some(kind) = sent.failure
+                && self.failures.len() < FAILURES
+            {
+                self.failures.push(Failure { key: batch.key, way: to, kind });
+            }
         }
         batch.used = 0;
         batch.count = 0;
@@ -195,6 +217,12 @@ impl Sinks {
         }
         relay.used = 0;
         relay.count = 0;
+    }
+
+    /// Closes an auxiliary socket, after what was meant for it has left.
+    pub(crate) fn close_socket(&mut self, id: SocketId, out: &Senders, now: Instant) {
+        self.flush_udp(out.counters(), now);
+        self.sockets.close_auxiliary(id);
     }
 
     /// Sends what is collected.

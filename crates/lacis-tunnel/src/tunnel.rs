@@ -1,7 +1,7 @@
 //! The handle: starts the packet thread and puts commands into its queue, never blocking on packet work.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -11,13 +11,13 @@ use bytes::Bytes;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use tracing::{info, warn};
 
-use crate::config::{Path, PeerConfig, TunnelConfig, canonical};
+use crate::config::{Path, PeerConfig, SocketId, TunnelConfig, Way};
 use crate::error::Error;
 use crate::filter::Filter;
 use crate::outputs::{Event, Outputs, Senders};
 use crate::stats::{Counters, PeerCounters, PeerStats, Stats};
+use crate::sys::sockets::Sockets;
 use crate::sys::tun::Tun;
-use crate::sys::udp::Sockets;
 use crate::sys::wake::Wake;
 use crate::worker::Worker;
 
@@ -31,7 +31,10 @@ pub(crate) enum Command {
     Path(NodeKey, Path),
     Filter(Arc<Filter>),
     LocalAddresses(Vec<IpAddr>),
-    SendUdp(SocketAddr, Vec<u8>),
+    SendUdp(Way, Vec<u8>, Option<u8>),
+    SendUdpMany(Vec<(Way, Vec<u8>, Option<u8>)>),
+    OpenSocket { id: SocketId, low: bool },
+    CloseSocket(SocketId),
     Inject(Bytes),
     TsmpPing { key: NodeKey, dst: IpAddr, token: u64 },
     IcmpPing { key: NodeKey, dst: IpAddr, id: u16, sequence: u16 },
@@ -176,9 +179,33 @@ impl Tunnel {
         self.command(Command::LocalAddresses(addresses));
     }
 
-    /// Sends a datagram from the sockets that WireGuard uses.
-    pub fn send_udp(&self, to: SocketAddr, data: Vec<u8>) {
-        self.command(Command::SendUdp(canonical(to), data));
+    /// Sends a datagram by one of the tunnel's sockets. `ttl` is the number of hops that it may make (from 1), if
+    /// not the usual one. A failure is only counted ([`Stats::udp_send_errors`]).
+    pub fn send_udp(&self, way: Way, data: Vec<u8>, ttl: Option<u8>) {
+        self.command(Command::SendUdp(way.canonical(), data, ttl));
+    }
+
+    /// Like [`Self::send_udp`] for several datagrams, which wake the packet thread once.
+    pub fn send_udp_many(&self, mut datagrams: Vec<(Way, Vec<u8>, Option<u8>)>) {
+        if datagrams.is_empty() {
+            return;
+        }
+        for (way, ..) in &mut datagrams {
+            *way = way.canonical();
+        }
+        self.command(Command::SendUdpMany(datagrams));
+    }
+
+    /// Opens an IPv4 UDP socket beside the main ones, which datagrams and paths can use from then on; `low` asks for
+    /// a port from 512 to 1023 (any free one, at random). The answer is [`Event::SocketOpened`], and is the last the
+    /// caller hears of a socket that cannot be opened. A number in use gets a new socket; [`SocketId::MAIN`] never.
+    pub fn open_socket(&self, id: SocketId, low: bool) {
+        self.command(Command::OpenSocket { id, low });
+    }
+
+    /// Closes an auxiliary socket. Sends of a path that still uses it fail.
+    pub fn close_socket(&self, id: SocketId) {
+        self.command(Command::CloseSocket(id));
     }
 
     /// WireGuard packets that came by relay, with the source key that the relay told. One call for each batch read.

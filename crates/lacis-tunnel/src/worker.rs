@@ -8,27 +8,28 @@ mod messages;
 mod outbound;
 mod timers;
 
-use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, error, warn};
 
 use crate::coalesce::{Coalescer, Sink};
+use crate::config::{SocketId, Way};
 use crate::filter::{Filter, Flows};
 use crate::outputs::{Event, Senders};
-use crate::peers::{Identity, Peers};
+use crate::peers::{Identity, Peer, Peers};
 use crate::segment::VnetHeader;
-use crate::sinks::Sinks;
+use crate::sinks::{Failure, Sinks};
 use crate::stats::{Counters, unix_millis};
+use crate::sys::sockets::Sockets;
 use crate::sys::tun::{MAX_PACKET, Tun, VNET_LEN};
-use crate::sys::udp::{Received, Sockets};
+use crate::sys::udp::Received;
 use crate::tunnel::{Queue, Shared};
 use messages::Pings;
 use timers::Ticker;
@@ -37,6 +38,11 @@ use timers::Ticker;
 const TURN_BYTES: usize = 256 << 10;
 /// Reads from one descriptor before the others get their turn.
 const TURN_READS: usize = 32;
+
+/// Between two [`Event::SendFailed`] of a peer.
+const TELL_FAILURE: Duration = Duration::from_millis(500);
+/// Descriptors that are always polled: wake, device, the main sockets.
+const MAIN_FDS: usize = 4;
 
 /// The moment that a turn began; one clock reading serves all its packets.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +63,8 @@ pub(crate) struct Worker {
     tun_alive: bool,
     tun_buffer: Box<[u8]>,
     udp_buffer: Box<[u8]>,
+    /// Auxiliary sockets that have something, in one turn.
+    ready_sockets: Vec<SocketId>,
     identity: Option<Identity>,
     peers: Peers,
     /// The inner source checked last and the peer it belongs to.
@@ -102,13 +110,14 @@ impl Sink for TunSink<'_> {
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, tun: Tun, sockets: Sockets, out: Senders) -> Self {
         let offloads = tun.offloads();
-        let mask = random_mask();
+        let mask = crate::sys::random() as u32;
         Self {
             shared,
             tun,
             tun_alive: true,
             tun_buffer: vec![0; VNET_LEN + MAX_PACKET + 1].into_boxed_slice(),
             udp_buffer: vec![0; 64 << 10].into_boxed_slice(),
+            ready_sockets: Vec::new(),
             identity: None,
             peers: Peers::new(mask),
             checked_source: None,
@@ -151,13 +160,19 @@ impl Worker {
                 }
             }
             if ready.v4 {
-                self.receive_udp(true);
+                self.receive_udp(SocketId::MAIN, true);
             }
             if ready.v6 {
-                self.receive_udp(false);
+                self.receive_udp(SocketId::MAIN, false);
+            }
+            while let Some(id) = self.ready_sockets.pop() {
+                self.receive_udp(id, true);
             }
             if ready.tun {
                 self.read_tun();
+            }
+            if self.ticker.retry_due(self.now.instant) {
+                self.retry();
             }
             if self.ticker.due(self.now.instant) {
                 self.tick();
@@ -166,32 +181,45 @@ impl Worker {
         }
     }
 
-    fn wait(&self) -> io::Result<Ready> {
+    fn wait(&mut self) -> io::Result<Ready> {
+        let sockets = &self.sinks.sockets;
         let wake = self.shared.wake.as_fd();
         let idle = || PollFd::from_borrowed_fd(wake, PollFlags::empty());
-        let socket = |socket: &Option<crate::sys::udp::UdpSocket>| socket.is_some();
-        let (has_v4, has_v6) = (socket(&self.sinks.sockets.v4), socket(&self.sinks.sockets.v6));
-        let mut fds = [
+        let mut fixed: [_; MAIN_FDS] = [
             PollFd::from_borrowed_fd(wake, PollFlags::IN),
             if self.tun_alive { PollFd::new(&self.tun, PollFlags::IN) } else { idle() },
-            self.sinks.sockets.v4.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
-            self.sinks.sockets.v6.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
+            sockets.v4.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
+            sockets.v6.as_ref().map_or_else(idle, |socket| PollFd::new(socket, PollFlags::IN)),
         ];
+        // There are seldom any, and then an allocation is the least of what a turn costs.
+        let mut with_auxiliary;
+        let fds: &mut [PollFd<'_>] = if sockets.auxiliary().is_empty() {
+            &mut fixed
+        } else {
+            let auxiliary = sockets.auxiliary().iter();
+            let auxiliary = auxiliary.map(|(_, socket)| PollFd::new(socket, PollFlags::IN));
+            with_auxiliary = fixed.into_iter().chain(auxiliary).collect::<Vec<_>>();
+            &mut with_auxiliary
+        };
         let timeout = self.ticker.timeout(Instant::now(), !self.peers.live.is_empty());
         let timeout = timeout.map(|timeout| Timespec {
             tv_sec: timeout.as_secs() as i64,
             tv_nsec: i64::from(timeout.subsec_nanos()),
         });
-        match poll(&mut fds, timeout.as_ref()) {
+        match poll(fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let ready = |at: usize| !fds[at].revents().is_empty();
+        let auxiliary = sockets.auxiliary().iter().zip(&fds[MAIN_FDS..]);
+        let auxiliary = auxiliary.filter(|(_, fd)| !fd.revents().is_empty()).map(|((id, _), _)| *id);
+        self.ready_sockets.clear();
+        self.ready_sockets.extend(auxiliary);
         Ok(Ready {
             wake: ready(0),
             tun: self.tun_alive && ready(1),
-            v4: has_v4 && ready(2),
-            v6: has_v6 && ready(3),
+            v4: sockets.v4.is_some() && ready(2),
+            v6: sockets.v6.is_some() && ready(3),
         })
     }
 
@@ -199,6 +227,20 @@ impl Worker {
     fn finish_turn(&mut self) {
         self.flush_tun();
         self.sinks.flush(&self.out, self.now.instant);
+        self.tell_failures();
+    }
+
+    /// Paths by which nothing can be sent.
+    fn tell_failures(&mut self) {
+        let Self { sinks, peers, out, now, .. } = self;
+        for Failure { key, way, kind } in sinks.failures.drain(..) {
+            if let Some(slot) = peers.slot_of(&key)
+                && let Some(peer) = peers.get(slot)
+                && Peer::due(&mut peer.failure_told, now.instant, TELL_FAILURE)
+            {
+                out.event(Event::SendFailed { key, way, kind });
+            }
+        }
     }
 
     fn flush_tun(&mut self) {
@@ -213,13 +255,13 @@ impl Worker {
         }
     }
 
-    fn receive_udp(&mut self, v4: bool) {
+    fn receive_udp(&mut self, id: SocketId, v4: bool) {
         // Out of the way, so that its contents and everything else can be used together.
         let mut buffer = std::mem::take(&mut self.udp_buffer);
         let mut bytes = 0;
         for _ in 0..TURN_READS {
-            let sockets = &self.sinks.sockets;
-            let Some(socket) = (if v4 { &sockets.v4 } else { &sockets.v6 }) else { break };
+            // An order of this turn may have closed it.
+            let Some(socket) = self.sinks.sockets.get(id, v4) else { break };
             let Received { len, segment, from } = match socket.receive(&mut buffer) {
                 Ok(Some(received)) => received,
                 Ok(None) => break,
@@ -231,7 +273,7 @@ impl Worker {
             self.shared.counters.udp_receives.add(1);
             self.shared.counters.udp_received.add(len.div_ceil(segment) as u64);
             for datagram in buffer[..len].chunks(segment) {
-                self.datagram(datagram, inbound::Source::Udp(from));
+                self.datagram(datagram, inbound::Source::Udp(Way { socket: id, addr: from }));
             }
             bytes += len;
             if bytes >= TURN_BYTES {
@@ -284,10 +326,4 @@ struct Ready {
     tun: bool,
     v4: bool,
     v6: bool,
-}
-
-/// A number that is different at each start, from the random state of the standard library's maps.
-fn random_mask() -> u32 {
-    use std::hash::BuildHasher as _;
-    HashMap::<u8, u8>::new().hasher().hash_one(std::process::id()) as u32
 }

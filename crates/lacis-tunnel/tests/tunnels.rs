@@ -1,55 +1,16 @@
 //! Two real tunnels in network namespaces: handshake, pings, TCP, the filter, paths and the resolver's door.
 //! Says aloud that it is skipped where devices or namespaces are not allowed.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::{Side, by_relay, cable, missing, pair};
-use lacis_tunnel::{Error, Event, Path, PongKind, RejectReason, Tunnel, TunnelConfig};
+use common::{COPY, Side, by_relay, cable, copy, pair, skip};
+use lacis_tunnel::{Error, Event, Path, PongKind, RejectReason, Tunnel, TunnelConfig, Way};
 use lacis_wire::control::FilterRule;
-
-/// Bytes of the copy: several hundred super-packets.
-const COPY: usize = 24 << 20;
-
-fn skip(test: &str) -> bool {
-    let why = missing();
-    if let Some(why) = &why {
-        eprintln!("SKIPPED {test}: {why}");
-    }
-    why.is_some()
-}
-
-fn byte(at: usize) -> u8 {
-    (at as u32).wrapping_mul(2654435761).to_be_bytes()[0]
-}
-
-/// Copies by TCP from `a` to an address of `b` and compares every byte.
-fn copy(a: &Side, b: &Side, to: IpAddr) {
-    let (port, receiver) = b.namespace.run(move || {
-        let listener = TcpListener::bind((to, 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let receiver = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut data = Vec::new();
-            stream.read_to_end(&mut data).unwrap();
-            data
-        });
-        (port, receiver)
-    });
-    a.namespace.run(move || {
-        let mut stream = TcpStream::connect_timeout(&(to, port).into(), Duration::from_secs(10)).unwrap();
-        let data: Vec<u8> = (0..COPY).map(byte).collect();
-        stream.write_all(&data).unwrap();
-    });
-    let data = receiver.join().unwrap();
-    assert_eq!(data.len(), COPY);
-    assert!(data.iter().enumerate().all(|(at, got)| *got == byte(at)));
-}
 
 fn ping(a: &mut Side, b: &Side) {
     for (token, to) in [(7, b.v4), (8, b.v6)] {
@@ -111,51 +72,28 @@ fn packets_wait_for_a_path_and_a_direct_one_carries_them() {
     a.expect("a peer in use", |event| {
         (*event == Event::PeerActive { key: b_key, has_path: false }).then_some(())
     });
-    b.tunnel.set_path(a_key, Path::Direct(a_addr));
-    a.tunnel.set_path(b_key, Path::DirectAndRelay(b_addr));
+    b.tunnel.set_path(a_key, Path::Direct(Way::main(a_addr)));
+    a.tunnel.set_path(b_key, Path::DirectAndRelay(Way::main(b_addr)));
     a.expect("the answer to the ping that waited", |event| {
         matches!(event, Event::Pong { kind: PongKind::Icmp { id: 1, sequence: 1 }, .. }).then_some(())
     });
     let source = b.expect("the address of the peer", |event| match event {
-        Event::AuthenticatedSource { key, addr } if *key == a_key => Some(*addr),
+        Event::AuthenticatedSource { key, way } if *key == a_key => Some(*way),
         _ => None,
     });
-    assert_eq!(source, a_addr);
+    assert_eq!(source, Way::main(a_addr));
     let copied = a.relay.as_mut().unwrap().try_recv().unwrap();
     assert!(!common::frames(copied.frames, &b_key).is_empty());
-    a.tunnel.set_path(b_key, Path::Direct(b_addr));
+    a.tunnel.set_path(b_key, Path::Direct(Way::main(b_addr)));
     copy(&a, &b, b.v4);
     copy(&b, &a, a.v6);
     let stats = a.tunnel.stats();
     assert!(stats.udp_sends * 4 < stats.udp_sent, "sent in batches: {stats:?}");
     assert!(stats.tun_writes < stats.tun_written, "written in batches: {stats:?}");
     // Path discovery shares the sockets.
-    a.tunnel.send_udp(b_addr, b"TS\xf0\x9f\x92\xac from a".to_vec());
+    a.tunnel.send_udp(Way::main(b_addr), b"TS\xf0\x9f\x92\xac from a".to_vec(), None);
     let got = b.udp.blocking_recv().unwrap();
-    assert_eq!((got.from, got.data.as_ref()), (a_addr, &b"TS\xf0\x9f\x92\xac from a"[..]));
-}
-
-#[test]
-fn a_handshake_that_comes_before_its_peer_is_known_is_taken_up() {
-    if skip("a_handshake_that_comes_before_its_peer_is_known_is_taken_up") {
-        return;
-    }
-    let (mut a, mut b) = pair();
-    by_relay(&mut a, &mut b);
-    let a_key = a.key;
-    b.tunnel.set_peers(Vec::new());
-    let begin = Instant::now();
-    a.tunnel.icmp_ping(b.key, b.v4, 2, 2);
-    b.expect("a handshake of a stranger", |event| {
-        (*event == Event::UnknownPeer { key: a_key, addr: None }).then_some(())
-    });
-    b.tunnel.set_peers(vec![a.peer()]);
-    b.tunnel.set_path(a_key, Path::Relay);
-    a.expect("the answer to the ping", |event| {
-        matches!(event, Event::Pong { kind: PongKind::Icmp { id: 2, sequence: 2 }, .. }).then_some(())
-    });
-    // WireGuard itself would have tried again after five seconds.
-    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    assert_eq!((got.way, got.data.as_ref()), (Way::main(a_addr), &b"TS\xf0\x9f\x92\xac from a"[..]));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lacis_tunnel::{Filter, Path, PeerConfig};
+use lacis_tunnel::{Filter, Path, PeerConfig, Way};
 use lacis_wire::control::{MapResponse, Node};
 use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::{Notify, Prefs};
@@ -197,7 +197,7 @@ impl Engine {
         self.tunnel.set_peers(live().map(config).collect());
         for node in live() {
             let path = match node.endpoints.first() {
-                Some(endpoint) if node.is_wireguard_only => Path::Direct(*endpoint),
+                Some(endpoint) if node.is_wireguard_only => Path::Direct(Way::main(*endpoint)),
                 _ => Path::Relay,
             };
             self.tunnel.set_path(node.key, path);

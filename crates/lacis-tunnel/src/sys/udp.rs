@@ -4,7 +4,7 @@
     reason = "sendmsg and recvmsg with control messages, and socket options that no crate has"
 )]
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,8 +21,11 @@ const BUFFER: usize = 8 << 20;
 const SOL_UDP: libc::c_int = 17;
 const UDP_SEGMENT: libc::c_int = 103;
 const UDP_GRO: libc::c_int = 104;
-/// How long a destination that refused a batch gets single datagrams.
+/// How long a destination that refused a batch gets single datagrams. The next try costs nothing but a system call:
+/// what refuses a batch has sent none of it.
 const REFUSED_FOR: Duration = Duration::from_secs(30);
+/// Such destinations remembered.
+const REFUSED: usize = 16;
 /// Datagrams in one batch: what all kernels take.
 pub(crate) const MAX_SEGMENTS: usize = 64;
 /// With its headers a batch stays below what crosses the network stack whole.
@@ -33,21 +36,14 @@ const FULL_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 /// More than any control message here.
 const CONTROL: usize = 64;
 
-/// Both families on one port, as far as the host has them.
-#[derive(Debug)]
-pub(crate) struct Sockets {
-    pub(crate) v4: Option<UdpSocket>,
-    pub(crate) v6: Option<UdpSocket>,
-}
-
 #[derive(Debug)]
 pub(crate) struct UdpSocket {
     socket: Socket,
     port: u16,
     /// The kernel knows `UDP_SEGMENT`.
     gso: bool,
-    /// A destination to which batches do not go, and until when that is believed.
-    refused: Cell<Option<(SocketAddr, Instant)>>,
+    /// Destinations to which batches do not go, and until when that is believed.
+    refused: RefCell<Vec<(SocketAddr, Instant)>>,
 }
 
 /// What one receive call gave.
@@ -65,72 +61,26 @@ pub(crate) fn max_batch(to: SocketAddr) -> usize {
 }
 
 /// What became of a batch.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Sent {
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// How many were sent, the first ones.
     pub datagrams: u64,
-    pub errors: u64,
     /// It took single sends after the batch failed.
     pub fallback: bool,
-}
-
-impl Sockets {
-    /// Sends `data` as datagrams of `segment` bytes, the last maybe shorter.
-    pub(crate) fn send(&self, to: SocketAddr, data: &[u8], segment: usize, now: Instant) -> Sent {
-        let datagrams = data.len().div_ceil(segment.max(1)) as u64;
-        let Some(socket) = self.for_address(to) else {
-            return Sent { errors: datagrams, ..Sent::default() };
-        };
-        match socket.send_batch(to, data, segment.max(1), now) {
-            Ok(fallback) => Sent { datagrams, errors: 0, fallback },
-            Err(error) => {
-                tracing::trace!(%to, %error, "a send failed");
-                Sent { errors: datagrams, ..Sent::default() }
-            }
-        }
-    }
-
-    pub(crate) fn open(port: u16, fwmark: Option<u32>) -> Result<Self, Error> {
-        let (v4, first) = match UdpSocket::open_or_any(Domain::IPV4, port, fwmark) {
-            Ok(socket) => (Some(socket), None),
-            Err(error @ Error::Mark { .. }) => return Err(error),
-            Err(error) => (None, Some(error)),
-        };
-        // The same port in both families is friendlier to those who open firewalls.
-        let wanted = v4.as_ref().map_or(port, |socket| socket.port);
-        let v6 = match UdpSocket::open_or_any(Domain::IPV6, wanted, fwmark) {
-            Ok(socket) => Some(socket),
-            Err(error) => match (first, &v4) {
-                (Some(first), None) => return Err(first),
-                _ => {
-                    tracing::debug!(%error, "no IPv6 socket");
-                    None
-                }
-            },
-        };
-        Ok(Self { v4, v6 })
-    }
-
-    pub(crate) fn ports(&self) -> (u16, u16) {
-        let port = |socket: &Option<UdpSocket>| socket.as_ref().map_or(0, |socket| socket.port);
-        (port(&self.v4), port(&self.v6))
-    }
-
-    fn for_address(&self, to: SocketAddr) -> Option<&UdpSocket> {
-        if to.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
-    }
+    /// Why the rest was not.
+    pub error: Option<io::Error>,
 }
 
 impl UdpSocket {
-    fn open_or_any(domain: Domain, port: u16, fwmark: Option<u32>) -> Result<Self, Error> {
+    /// On this port, or on any if it is taken.
+    pub(crate) fn open_or_any(domain: Domain, port: u16, fwmark: Option<u32>) -> Result<Self, Error> {
         match Self::open(domain, port, fwmark) {
-            Err(Error::Udp { source, .. }) if port != 0 && source.kind() == io::ErrorKind::AddrInUse => {
-                Self::open(domain, 0, fwmark)
-            }
+            Err(error) if port != 0 && error.is_port_taken() => Self::open(domain, 0, fwmark),
             other => other,
         }
     }
 
-    fn open(domain: Domain, port: u16, fwmark: Option<u32>) -> Result<Self, Error> {
+    pub(crate) fn open(domain: Domain, port: u16, fwmark: Option<u32>) -> Result<Self, Error> {
         let failed = |step| move |source| Error::Udp { step, source };
         let socket = Socket::new(domain, Type::DGRAM.nonblocking(), Some(Protocol::UDP))
             .map_err(failed("opening a socket"))?;
@@ -160,13 +110,25 @@ impl UdpSocket {
         let gso = set_option(&socket, SOL_UDP, UDP_SEGMENT, 0).is_ok();
         // Without it datagrams come one by one, which works too.
         let _ = set_option(&socket, SOL_UDP, UDP_GRO, 1);
-        Ok(Self { socket, port, gso, refused: Cell::new(None) })
+        Ok(Self { socket, port, gso, refused: RefCell::default() })
     }
 
-    /// Sends one datagram.
-    fn send(&self, to: SocketAddr, data: &[u8]) -> io::Result<()> {
-        let to = SockAddr::from(to);
-        self.patiently(|| self.socket.send_to(data, &to).map(drop))
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Sends one datagram, that may make `hops` hops if told, else as many as usual.
+    pub(crate) fn send(&self, to: SocketAddr, data: &[u8], hops: Option<u8>) -> io::Result<()> {
+        let Some(hops) = hops else {
+            let to = SockAddr::from(to);
+            return self.patiently(|| self.socket.send_to(data, &to).map(drop));
+        };
+        let (level, kind) = if to.is_ipv4() {
+            (libc::IPPROTO_IP, libc::IP_TTL)
+        } else {
+            (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT)
+        };
+        self.send_with(to, data, level, kind, libc::c_int::from(hops))
     }
 
     /// Sends, and once more after a short wait when the send buffer is full: that slows the host's senders down,
@@ -183,32 +145,62 @@ impl UdpSocket {
         }
     }
 
-    /// Sends `data` as datagrams of `segment` bytes, the last maybe shorter. True: it took single sends after a
-    /// batch failed.
-    fn send_batch(&self, to: SocketAddr, data: &[u8], segment: usize, now: Instant) -> io::Result<bool> {
+    /// Sends `data` as datagrams of `segment` bytes, the last maybe shorter.
+    pub(crate) fn send_batch(&self, to: SocketAddr, data: &[u8], segment: usize, now: Instant) -> Batch {
         if data.len() <= segment {
-            return self.send(to, data).map(|()| false);
+            return match self.send(to, data, None) {
+                Ok(()) => Batch { datagrams: 1, ..Batch::default() },
+                Err(error) => Batch { error: Some(error), ..Batch::default() },
+            };
         }
-        let refused = self.refused.get().is_some_and(|(address, until)| address == to && now < until);
-        if self.gso && !refused {
-            match self.send_segmented(to, data, segment) {
-                Ok(()) => return Ok(false),
+        if self.gso && !self.is_refused(to, now) {
+            match self.send_with(to, data, SOL_UDP, UDP_SEGMENT, segment as u16) {
+                Ok(()) => {
+                    return Batch { datagrams: data.len().div_ceil(segment) as u64, ..Batch::default() };
+                }
                 // A route whose MTU is smaller, or a device that cannot: not tried again for a while.
                 Err(error)
                     if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) =>
                 {
-                    self.refused.set(Some((to, now + REFUSED_FOR)));
+                    self.refuse(to, now);
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Batch { error: Some(error), ..Batch::default() },
             }
         }
+        let mut batch = Batch { fallback: self.gso, ..Batch::default() };
         for datagram in data.chunks(segment) {
-            self.send(to, datagram)?;
+            if let Err(error) = self.send(to, datagram, None) {
+                batch.error = Some(error);
+                break;
+            }
+            batch.datagrams += 1;
         }
-        Ok(self.gso)
+        batch
     }
 
-    fn send_segmented(&self, to: SocketAddr, data: &[u8], segment: usize) -> io::Result<()> {
+    fn is_refused(&self, to: SocketAddr, now: Instant) -> bool {
+        self.refused.borrow().iter().any(|(address, until)| *address == to && now < *until)
+    }
+
+    fn refuse(&self, to: SocketAddr, now: Instant) {
+        let mut refused = self.refused.borrow_mut();
+        refused.retain(|(address, until)| *address != to && now < *until);
+        if refused.len() >= REFUSED {
+            refused.remove(0);
+        }
+        refused.push((to, now + REFUSED_FOR));
+    }
+
+    /// Sends with one control message, whose value the kernel reads as a `T`.
+    fn send_with<T: Copy>(
+        &self,
+        to: SocketAddr,
+        data: &[u8],
+        level: libc::c_int,
+        kind: libc::c_int,
+        value: T,
+    ) -> io::Result<()> {
+        const { assert!(size_of::<T>() <= size_of::<libc::c_int>()) };
         let address = SockAddr::from(to);
         let mut piece = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
         let mut control = Control([0; CONTROL]);
@@ -221,12 +213,12 @@ impl UdpSocket {
         message.msg_control = control.0.as_mut_ptr().cast();
         // SAFETY: the control buffer is aligned and larger than the one message written to it.
         unsafe {
-            message.msg_controllen = libc::CMSG_SPACE(size_of::<u16>() as u32) as _;
+            message.msg_controllen = libc::CMSG_SPACE(size_of::<T>() as u32) as _;
             let header = libc::CMSG_FIRSTHDR(&raw const message);
-            (*header).cmsg_level = SOL_UDP;
-            (*header).cmsg_type = UDP_SEGMENT;
-            (*header).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as _;
-            libc::CMSG_DATA(header).cast::<u16>().write_unaligned(segment as u16);
+            (*header).cmsg_level = level;
+            (*header).cmsg_type = kind;
+            (*header).cmsg_len = libc::CMSG_LEN(size_of::<T>() as u32) as _;
+            libc::CMSG_DATA(header).cast::<T>().write_unaligned(value);
         }
         self.patiently(|| {
             // SAFETY: see above; the data is only read.
@@ -302,13 +294,20 @@ fn set_option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: lib
 mod tests {
     use super::*;
 
+    fn socket() -> UdpSocket {
+        UdpSocket::open(Domain::IPV4, 0, None).unwrap()
+    }
+
+    fn local(socket: &UdpSocket) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], socket.port))
+    }
+
     #[test]
     fn a_batch_arrives_as_the_datagrams_it_was_made_of() {
-        let a = Sockets::open(0, None).unwrap().v4.unwrap();
-        let b = Sockets::open(0, None).unwrap().v4.unwrap();
-        let to = SocketAddr::from(([127, 0, 0, 1], b.port));
+        let (a, b) = (socket(), socket());
         let data: Vec<u8> = (0..10_500_u32).map(|n| (n / 1000) as u8).collect();
-        a.send_batch(to, &data, 1000, Instant::now()).unwrap();
+        let batch = a.send_batch(local(&b), &data, 1000, Instant::now());
+        assert_eq!((batch.datagrams, batch.fallback), (11, false));
         let mut buffer = vec![0; 65536];
         let mut datagrams = Vec::new();
         while datagrams.len() < 11 {
@@ -323,11 +322,73 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_replaced_by_another() {
-        let first = Sockets::open(0, None).unwrap();
-        let (port, _) = first.ports();
-        let second = Sockets::open(port, None).unwrap();
-        assert_ne!(second.ports().0, port);
-        assert_ne!(second.ports().0, 0);
+    fn the_number_of_hops_is_that_of_one_datagram() {
+        let (a, b) = (socket(), socket());
+        set_option(&b.socket, libc::IPPROTO_IP, libc::IP_RECVTTL, 1).unwrap();
+        for (hops, seen) in [(Some(3), 3), (None, 64), (Some(255), 255)] {
+            a.send(local(&b), b"x", hops).unwrap();
+            assert_eq!(ttl_of_next(&b), seen);
+        }
+        // Nothing may make no hop at all.
+        assert!(a.send(local(&b), b"x", Some(0)).is_err());
+        let v6 = UdpSocket::open(Domain::IPV6, 0, None);
+        if let Ok(v6) = v6 {
+            let to = SocketAddr::from((Ipv6Addr::LOCALHOST, v6.port));
+            // A host may have the family and no loopback address in it.
+            let _ = v6.send(to, b"x", Some(2));
+        }
+    }
+
+    fn ttl_of_next(socket: &UdpSocket) -> libc::c_int {
+        let mut buffer = [0; 64];
+        let mut piece = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        let mut control = Control([0; CONTROL]);
+        // SAFETY: all zeros is a valid msghdr; every pointer put into it outlives the calls, and the macros walk what
+        // the kernel has written.
+        unsafe {
+            let mut message: libc::msghdr = mem::zeroed();
+            message.msg_iov = &raw mut piece;
+            message.msg_iovlen = 1;
+            message.msg_control = control.0.as_mut_ptr().cast();
+            message.msg_controllen = CONTROL as _;
+            assert!(libc::recvmsg(socket.socket.as_raw_fd(), &raw mut message, 0) > 0);
+            let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+            while !header.is_null() {
+                if ((*header).cmsg_level, (*header).cmsg_type) == (libc::IPPROTO_IP, libc::IP_TTL) {
+                    return libc::CMSG_DATA(header).cast::<libc::c_int>().read_unaligned();
+                }
+                header = libc::CMSG_NXTHDR(&raw const message, header);
+            }
+        }
+        panic!("no TTL");
+    }
+
+    #[test]
+    fn destinations_that_refuse_batches_are_remembered_apart() {
+        let a = socket();
+        let now = Instant::now();
+        let to = |n: u8| SocketAddr::from(([192, 0, 2, n], 9));
+        a.refuse(to(1), now);
+        a.refuse(to(2), now);
+        assert!(a.is_refused(to(1), now) && a.is_refused(to(2), now) && !a.is_refused(to(3), now));
+        assert!(!a.is_refused(to(1), now + REFUSED_FOR));
+        for n in 3..100 {
+            a.refuse(to(n), now);
+        }
+        assert_eq!(a.refused.borrow().len(), REFUSED);
+    }
+
+    #[test]
+    fn an_icmp_error_is_no_error_of_the_socket() {
+        let (a, b) = (socket(), socket());
+        let gone = local(&b);
+        drop(b);
+        for _ in 0..3 {
+            a.send(gone, b"anybody?", None).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(a.receive(&mut [0; 64]).unwrap().is_none());
+        }
+        let mut fds = [PollFd::new(&a.socket, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap(), 0);
     }
 }

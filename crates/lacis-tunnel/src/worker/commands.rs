@@ -1,17 +1,21 @@
 //! What the client orders: identity, peers, paths, filter, datagrams, packets for the host.
 
 use std::io::IoSlice;
-
-use boringtun::noise::TunnResult;
-use lacis_wire::key::NodeKey;
 use std::sync::Arc;
+use std::time::Duration;
+
+use lacis_wire::key::NodeKey;
+use tracing::debug;
 
 use super::Worker;
 use crate::coalesce::plain_header;
-use crate::config::Path;
+use crate::config::{Path, SocketId, Way};
+use crate::outputs::Event;
 use crate::peers::Identity;
-use crate::sinks::sealed_len;
 use crate::tunnel::Command;
+
+/// An answer that comes by the old path has this long before the new one gets an initiation of its own.
+const NEW_PATH: Duration = Duration::from_millis(100);
 
 impl Worker {
     pub(super) fn command(&mut self, command: Command) {
@@ -31,6 +35,7 @@ impl Worker {
                 self.peers.set(peers, self.now.instant);
                 self.checked_source = None;
                 self.shared.peers.store(Arc::new(self.peers.counters()));
+                self.unpark();
             }
             Command::Path(key, path) => self.set_path(key, path),
             Command::Filter(filter) => self.filter = filter,
@@ -38,10 +43,14 @@ impl Worker {
                 self.local = addresses;
                 self.checked_source = None;
             }
-            Command::SendUdp(to, data) => {
-                let sent = self.sinks.sockets.send(to, &data, data.len(), self.now.instant);
-                self.shared.counters.udp_send_errors.add(sent.errors);
+            Command::SendUdp(way, data, ttl) => self.send_udp(way, &data, ttl),
+            Command::SendUdpMany(datagrams) => {
+                for (way, data, ttl) in datagrams {
+                    self.send_udp(way, &data, ttl);
+                }
             }
+            Command::OpenSocket { id, low } => self.open_socket(id, low),
+            Command::CloseSocket(id) => self.sinks.close_socket(id, &self.out, self.now.instant),
             Command::Inject(packet) => self.inject(&packet),
             Command::TsmpPing { key, dst, token } => self.tsmp_ping(key, dst, token),
             Command::IcmpPing { key, dst, id, sequence } => self.icmp_ping(key, dst, id, sequence),
@@ -56,30 +65,46 @@ impl Worker {
     }
 
     fn set_path(&mut self, key: NodeKey, path: Path) {
+        let now = self.now.instant;
         let Some(slot) = self.peers.slot_of(&key) else { return };
         let Some(peer) = self.peers.get(slot) else { return };
-        let before = std::mem::replace(&mut peer.path, path);
-        if before != Path::None || path == Path::None {
+        let before = peer.way_out();
+        peer.path = path;
+        peer.heard = Path::None;
+        if before.covers(path) {
             return;
         }
-        self.unpark(&key);
-        let Some(peer) = self.peers.get(slot) else { return };
-        let (waiting, keep_alive) = (peer.waiting, peer.config.persistent_keepalive.is_some());
-        // Packets have waited for a path, and the handshake that they began went nowhere: begin it again.
-        if (waiting || keep_alive)
-            && self.prepare(slot)
-            && let Some(peer) = self.peers.get(slot)
-            && let Some(tunn) = peer.tunn.as_deref_mut()
-        {
-            let sent = self.sinks.emit(path, &key, sealed_len(0), &self.out, self.now.instant, |space| {
-                match tunn.format_handshake_initiation(space, true) {
-                    TunnResult::WriteToNetwork(packet) => packet.len(),
-                    _ => 0,
+        if before == Path::None {
+            // Packets have waited for a path, and the initiation that they caused went nowhere.
+            if peer.waiting || peer.config.persistent_keepalive.is_some() {
+                let waits = peer.waiting;
+                self.initiate(slot, true);
+                if waits && let Some(peer) = self.peers.get(slot) {
+                    peer.wait(now);
                 }
-            });
-            peer.counters.tx_bytes.add(sent.len() as u64);
-            peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
+            }
+        } else if peer.waiting {
+            peer.retries = 0;
+            let soon = now + NEW_PATH;
+            peer.retry = Some(peer.retry.map_or(soon, |retry| retry.min(soon)));
         }
+        self.note_retry(slot);
+    }
+
+    fn send_udp(&mut self, way: Way, data: &[u8], ttl: Option<u8>) {
+        let sent = self.sinks.sockets.send_one(way, data, ttl);
+        self.shared.counters.udp_send_errors.add(u64::from(!sent));
+    }
+
+    fn open_socket(&mut self, id: SocketId, low: bool) {
+        let opened = if id == SocketId::MAIN {
+            debug!("the main sockets cannot be opened a second time");
+            None
+        } else {
+            let opened = self.sinks.sockets.open_auxiliary(id, low);
+            opened.inspect_err(|error| debug!(%error, ?id, low, "no auxiliary socket")).ok()
+        };
+        self.out.event(Event::SocketOpened { socket: id, port: opened });
     }
 
     fn inject(&mut self, packet: &[u8]) {

@@ -1,6 +1,6 @@
 //! From peers to the host: find the peer of a datagram, open it, check its source, judge it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use boringtun::noise::errors::WireGuardError;
@@ -10,7 +10,7 @@ use lacis_wire::key::NodeKey;
 
 use super::Worker;
 use super::outbound::{QUAD100_V4, QUAD100_V6};
-use crate::config::Path;
+use crate::config::{Path, Way};
 use crate::filter::{DropReason, Verdict};
 use crate::outputs::Event;
 use crate::packet::{Parsed, protocol};
@@ -20,9 +20,19 @@ use crate::sinks::sealed_len;
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Source {
-    Udp(SocketAddr),
+    Udp(Way),
     /// The key is the one that the relay told.
     Relay(NodeKey),
+}
+
+impl Source {
+    /// Where an answer gets back to the sender.
+    fn path(self) -> Path {
+        match self {
+            Self::Udp(way) => Path::Direct(way),
+            Self::Relay(_) => Path::Relay,
+        }
+    }
 }
 
 /// Between two [`Event::AuthenticatedSource`] of a peer.
@@ -30,8 +40,8 @@ const TELL_SOURCE: Duration = Duration::from_millis(500);
 /// Between two [`Event::UnknownPeer`].
 const TELL_UNKNOWN: Duration = Duration::from_millis(100);
 
-/// Handshakes kept for peers that this node does not know yet, or has no path to.
-const PARKED: usize = 16;
+/// Handshakes kept for peers that this node does not know yet: as many as may join at once.
+const PARKED: usize = 256;
 /// They are kept this long: the sender tries again after five seconds.
 const PARKED_LIFE: Duration = Duration::from_secs(5);
 
@@ -64,10 +74,11 @@ impl Parked {
         self.0.push((now, key, source, data.to_vec()));
     }
 
-    fn take(&mut self, key: &NodeKey, now: Instant) -> Option<(Source, Vec<u8>)> {
-        let at = self.0.iter().position(|(_, other, ..)| other == key)?;
-        let (when, _, source, data) = self.0.remove(at);
-        (now.saturating_duration_since(when) < PARKED_LIFE).then_some((source, data))
+    /// Takes out those of keys that are known now.
+    fn take(&mut self, now: Instant, known: impl Fn(&NodeKey) -> bool) -> Vec<(Source, Vec<u8>)> {
+        self.0.retain(|(at, ..)| now.saturating_duration_since(*at) < PARKED_LIFE);
+        let taken = self.0.extract_if(.., |(_, key, ..)| known(key));
+        taken.map(|(_, _, source, data)| (source, data)).collect()
     }
 }
 
@@ -95,7 +106,7 @@ impl Worker {
             HANDSHAKE_RESPONSE => self.session_message(data, 8, source),
             COOKIE_REPLY => self.session_message(data, 4, source),
             _ => match source {
-                Source::Udp(from) if is_for_others(data) => self.out.udp(from, data),
+                Source::Udp(way) if is_for_others(data) => self.out.udp(way, data),
                 _ => self.shared.counters.udp_unknown.add(1),
             },
         }
@@ -121,22 +132,13 @@ impl Worker {
     /// side begins anew; WireGuard alone would leave it to the peer, which notices after 15 seconds.
     fn begin_session(&mut self, key: &NodeKey) {
         let Some(slot) = self.peers.slot_of(key) else { return };
-        let idle = self.peers.get(slot).is_some_and(|peer| peer.tunn.is_none() && peer.path != Path::None);
-        if !idle || !self.prepare(slot) {
-            return;
-        }
         let Some(peer) = self.peers.get(slot) else { return };
-        let path = peer.path;
-        let Some(tunn) = peer.tunn.as_deref_mut() else { return };
-        let now = self.now.instant;
-        let sent = self.sinks.emit(path, key, sealed_len(0), &self.out, now, |space| {
-            match tunn.format_handshake_initiation(space, false) {
-                TunnResult::WriteToNetwork(packet) => packet.len(),
-                _ => 0,
+        if peer.tunn.is_none() {
+            if peer.path == Path::None {
+                peer.heard = Path::Relay;
             }
-        });
-        peer.counters.tx_bytes.add(sent.len() as u64);
-        peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
+            self.initiate(slot, false);
+        }
     }
 
     fn data(&mut self, data: &[u8], source: Source) {
@@ -182,12 +184,15 @@ impl Worker {
         peer.counters.rx_bytes.add(len as u64);
         peer.counters.rx_packets.add(1);
         peer.counters.last_receive.set(now.millis);
-        if let Source::Udp(addr) = source
-            && peer.source != Some(addr)
+        if peer.path == Path::None {
+            peer.heard = source.path();
+        }
+        if let Source::Udp(way) = source
+            && peer.source != Some(way)
             && Peer::due(&mut peer.source_told, now.instant, TELL_SOURCE)
         {
-            peer.source = Some(addr);
-            self.out.event(Event::AuthenticatedSource { key: peer.key, addr });
+            peer.source = Some(way);
+            self.out.event(Event::AuthenticatedSource { key: peer.key, way });
         }
     }
 
@@ -199,10 +204,10 @@ impl Worker {
         peer.pathless = 0;
         peer.counters.last_handshake.set(now.millis);
         self.out.event(Event::HandshakeDone { key: peer.key });
-        if !std::mem::take(&mut peer.waiting) {
+        if !peer.stop_waiting() {
             return;
         }
-        let (path, key) = (peer.path, peer.key);
+        let (path, key) = (peer.way_out(), peer.key);
         let need = sealed_len(crate::sys::tun::MAX_PACKET);
         let Some(tunn) = peer.tunn.as_deref_mut() else { return };
         // An empty datagram asks for the next packet that waits.
@@ -224,7 +229,7 @@ impl Worker {
     /// A handshake response or a cookie: the number of the session is at `at`.
     fn session_message(&mut self, data: &[u8], at: usize, source: Source) {
         let Some(slot) = self.peer_of_session(number(data, at), source) else { return };
-        if !self.handshake(slot, data) {
+        if !self.handshake(slot, data, source) {
             return;
         }
         self.authenticated(slot, source, data.len());
@@ -242,15 +247,14 @@ impl Worker {
         let (key, addr) = match source {
             // The relay has told the key, and the peer's state checks it: no work for strangers.
             Source::Relay(key) => (key, None),
-            Source::Udp(from) => {
+            Source::Udp(way) => {
                 let mut cookie = [0; COOKIE_REPLY_LEN];
                 identity.limiter.reset_count();
-                let packet = match identity.limiter.verify_packet(Some(from.ip()), data, &mut cookie) {
+                let packet = match identity.limiter.verify_packet(Some(way.addr.ip()), data, &mut cookie) {
                     Ok(Packet::HandshakeInit(packet)) => packet,
                     Err(TunnResult::WriteToNetwork(cookie)) => {
                         counters.in_handshake_limited.add(1);
-                        let len = cookie.len();
-                        self.sinks.sockets.send(from, cookie, len, self.now.instant);
+                        self.sinks.sockets.send_one(way, cookie, None);
                         return;
                     }
                     _ => {
@@ -259,7 +263,7 @@ impl Worker {
                     }
                 };
                 match parse_handshake_anon(&identity.secret, &identity.public, &packet) {
-                    Ok(half) => (NodeKey::from_bytes(half.peer_static_public), Some(from)),
+                    Ok(half) => (NodeKey::from_bytes(half.peer_static_public), Some(way.addr)),
                     Err(_) => {
                         counters.in_invalid.add(1);
                         return;
@@ -275,38 +279,45 @@ impl Worker {
             self.parked.park(key, source, data, self.now.instant);
             return;
         };
-        if self.peers.get(slot).is_some_and(|peer| peer.path == Path::None) {
-            self.out.event(Event::PeerActive { key, has_path: false });
-            self.parked.park(key, source, data, self.now.instant);
-            return;
-        }
         // A malformed message must not make state.
         if !matches!(Tunn::parse_incoming_packet(data), Ok(Packet::HandshakeInit(_))) || !self.prepare(slot) {
             self.shared.counters.in_invalid.add(1);
             return;
         }
-        if self.handshake(slot, data)
+        if self.handshake(slot, data, source)
             && let Some(peer) = self.peers.get(slot)
         {
             // The next data packet proves that the initiator has the session.
             peer.confirmed = false;
             peer.counters.rx_bytes.add(data.len() as u64);
             peer.counters.rx_packets.add(1);
+            if peer.path == Path::None {
+                peer.heard = source.path();
+                self.out.event(Event::PeerActive { key, has_path: false });
+            }
         }
     }
 
-    /// A path leads to this peer now: its handshake that waited is taken up.
-    pub(super) fn unpark(&mut self, key: &NodeKey) {
-        if let Some((source, data)) = self.parked.take(key, self.now.instant) {
+    /// There are new peers: their handshakes that waited are taken up.
+    pub(super) fn unpark(&mut self) {
+        if self.identity.is_none() {
+            return;
+        }
+        let peers = &self.peers;
+        for (source, data) in self.parked.take(self.now.instant, |key| peers.slot_of(key).is_some()) {
             self.handshake_init(&data, source);
         }
     }
 
     /// Gives a handshake message to the peer's state and sends the answer. False when it was refused.
-    fn handshake(&mut self, slot: u32, data: &[u8]) -> bool {
+    ///
+    /// An answer goes where the message came from, too, if that is not on the peer's path: the path may be one that
+    /// the peer has left, and it waits for this answer.
+    fn handshake(&mut self, slot: u32, data: &[u8], source: Source) -> bool {
         let now = self.now.instant;
         let Some(peer) = self.peers.get(slot) else { return false };
-        let (path, key) = (peer.path, peer.key);
+        let key = peer.key;
+        let path = if peer.path == Path::None { source.path() } else { peer.path };
         let Some(tunn) = peer.tunn.as_deref_mut() else { return false };
         let mut refused = None;
         let sent = self.sinks.emit(path, &key, sealed_len(0), &self.out, now, |space| {
@@ -319,9 +330,15 @@ impl Worker {
                 _ => 0,
             }
         });
-        if !sent.is_empty() && path != Path::None {
-            peer.counters.tx_bytes.add(sent.len() as u64);
-            peer.counters.tx_packets.add(1);
+        peer.counters.tx_bytes.add(sent.len() as u64);
+        peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
+        if !sent.is_empty() && !path.covers(source.path()) {
+            let answer = sent.to_vec();
+            let len = answer.len();
+            self.sinks.emit(source.path(), &key, len, &self.out, now, |space| {
+                space[..len].copy_from_slice(&answer);
+                len
+            });
         }
         let counters = &self.shared.counters;
         match refused {

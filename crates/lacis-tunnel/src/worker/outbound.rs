@@ -65,11 +65,10 @@ impl Worker {
         let Self { peers, identity: Some(identity), sinks, out, shared, now, .. } = self else { return };
         let Some(peer) = peers.get(slot) else { return };
         let counters = &shared.counters;
-        let has_path = peer.path != Path::None;
         if Peer::due(&mut peer.active_told, now.instant, TELL_ACTIVE) {
-            out.event(Event::PeerActive { key: peer.key, has_path });
+            out.event(Event::PeerActive { key: peer.key, has_path: peer.path != Path::None });
         }
-        if !has_path {
+        if peer.way_out() == Path::None {
             // With a session the packet would be sealed for nothing; without one it waits inside the state.
             if peer.confirmed || peer.pathless >= PATHLESS {
                 counters.out_no_path.add(1);
@@ -78,6 +77,7 @@ impl Worker {
             peer.pathless += 1;
         }
         peer.counters.last_send.set(now.millis);
+        let had_waited = peer.waiting;
         let mut packets = 0;
         let result = segment(header, packet, |packet| {
             packets += 1;
@@ -87,6 +87,9 @@ impl Worker {
         if result.is_err() {
             counters.out_malformed.add(1);
         }
+        if peer.waiting && !had_waited {
+            self.note_retry(slot);
+        }
     }
 
     /// Sends a packet made here to a peer.
@@ -95,8 +98,10 @@ impl Worker {
             return;
         }
         let Self { peers, identity: Some(identity), sinks, out, now, .. } = self else { return };
-        if let Some(peer) = peers.get(slot) {
-            seal(peer, identity, sinks, out, *now, packet);
+        let Some(peer) = peers.get(slot) else { return };
+        seal(peer, identity, sinks, out, *now, packet);
+        if peer.waiting {
+            self.note_retry(slot);
         }
     }
 
@@ -126,7 +131,7 @@ impl Worker {
 
 /// Seals a packet to where the peer's path leads; without a session it waits and a handshake begins.
 fn seal(peer: &mut Peer, identity: &Identity, sinks: &mut Sinks, out: &Senders, now: Now, packet: &[u8]) {
-    let (path, key) = (peer.path, peer.key);
+    let (path, key) = (peer.way_out(), peer.key);
     let (tunn, _) = peer.tunn(identity, now.instant);
     let need = sealed_len(packet.len());
     let sent =
@@ -134,8 +139,8 @@ fn seal(peer: &mut Peer, identity: &Identity, sinks: &mut Sinks, out: &Senders, 
             TunnResult::WriteToNetwork(sealed) => sealed.len(),
             _ => 0,
         });
-    if sent.first() != Some(&DATA) {
-        peer.waiting = true;
+    if sent.first() != Some(&DATA) && !peer.waiting {
+        peer.wait(now.instant);
     }
     if !sent.is_empty() && path != Path::None {
         peer.counters.tx_bytes.add(sent.len() as u64);

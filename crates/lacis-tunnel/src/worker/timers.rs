@@ -7,8 +7,8 @@ use boringtun::noise::TunnResult;
 use super::Worker;
 use crate::config::Path;
 use crate::outputs::Senders;
-use crate::peers::{Identity, Peer};
-use crate::sinks::Sinks;
+use crate::peers::{Identity, Peer, RETRIES};
+use crate::sinks::{Sinks, sealed_len};
 
 /// Between ticks while something happens.
 const FAST: Duration = Duration::from_millis(500);
@@ -25,6 +25,8 @@ const TIMER_PACKET: usize = 148;
 pub(super) struct Ticker {
     next: Option<Instant>,
     fast: bool,
+    /// When the first initiation is to be repeated.
+    retry: Option<Instant>,
 }
 
 impl Ticker {
@@ -32,9 +34,15 @@ impl Ticker {
         self.next.is_none_or(|next| now >= next)
     }
 
+    pub(super) fn retry_due(&self, now: Instant) -> bool {
+        self.retry.is_some_and(|retry| now >= retry)
+    }
+
     /// How long to wait for packets; `None` without end.
     pub(super) fn timeout(&self, now: Instant, live: bool) -> Option<Duration> {
-        live.then(|| self.next.map_or(Duration::ZERO, |next| next.saturating_duration_since(now)))
+        let next = live.then(|| self.next.unwrap_or(now));
+        let first = [next, self.retry].into_iter().flatten().min()?;
+        Some(first.saturating_duration_since(now))
     }
 
     /// Something happens with a session: no slow tick.
@@ -54,19 +62,19 @@ pub(super) fn tick_peer(
     out: &Senders,
     now: Instant,
 ) {
+    let path = peer.way_out();
     let Some(tunn) = peer.tunn.as_deref_mut() else { return };
     peer.last_tick = now;
     let mut expired = false;
-    let sent =
-        sinks.emit(peer.path, &peer.key, TIMER_PACKET, out, now, |space| match tunn.update_timers(space) {
-            TunnResult::WriteToNetwork(packet) => packet.len(),
-            TunnResult::Err(_) => {
-                expired = true;
-                0
-            }
-            _ => 0,
-        });
-    if !sent.is_empty() && peer.path != Path::None {
+    let sent = sinks.emit(path, &peer.key, TIMER_PACKET, out, now, |space| match tunn.update_timers(space) {
+        TunnResult::WriteToNetwork(packet) => packet.len(),
+        TunnResult::Err(_) => {
+            expired = true;
+            0
+        }
+        _ => 0,
+    });
+    if !sent.is_empty() && path != Path::None {
         peer.counters.tx_bytes.add(sent.len() as u64);
         peer.counters.tx_packets.add(1);
     }
@@ -79,6 +87,53 @@ pub(super) fn tick_peer(
 }
 
 impl Worker {
+    /// Takes the peer's next repetition into account.
+    pub(super) fn note_retry(&mut self, slot: u32) {
+        let retry = self.peers.get(slot).and_then(|peer| peer.retry);
+        self.ticker.retry = [self.ticker.retry, retry].into_iter().flatten().min();
+    }
+
+    /// Repeats the initiations that are due: packets wait, and no answer has come.
+    pub(super) fn retry(&mut self) {
+        let now = self.now.instant;
+        self.ticker.retry = None;
+        let live = std::mem::take(&mut self.peers.live);
+        for &slot in &live {
+            let Some(peer) = self.peers.get(slot) else { continue };
+            if peer.retry.is_some_and(|retry| now >= retry) {
+                peer.retries += 1;
+                peer.retry = RETRIES.get(usize::from(peer.retries)).map(|pause| now + *pause);
+                if peer.way_out() == Path::None {
+                    // The one that gets a path will begin anew.
+                    peer.retry = None;
+                } else {
+                    self.initiate(slot, true);
+                }
+            }
+            self.note_retry(slot);
+        }
+        self.peers.live = live;
+    }
+
+    /// Sends an initiation, with `anew` also when one is on its way.
+    pub(super) fn initiate(&mut self, slot: u32, anew: bool) {
+        if !self.prepare(slot) {
+            return;
+        }
+        let Some(peer) = self.peers.get(slot) else { return };
+        let (path, key) = (peer.way_out(), peer.key);
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return };
+        let sent =
+            self.sinks.emit(path, &key, sealed_len(0), &self.out, self.now.instant, |space| {
+                match tunn.format_handshake_initiation(space, anew) {
+                    TunnResult::WriteToNetwork(packet) => packet.len(),
+                    _ => 0,
+                }
+            });
+        peer.counters.tx_bytes.add(sent.len() as u64);
+        peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
+    }
+
     pub(super) fn tick(&mut self) {
         let now = self.now.instant;
         let Some(identity) = &self.identity else {

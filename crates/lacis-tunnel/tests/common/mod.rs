@@ -3,10 +3,11 @@
 
 #![allow(unsafe_code)] // unshare
 #![allow(dead_code)] // not every user needs all of it
-#![allow(unreachable_pub, missing_debug_implementations, clippy::unwrap_used)] // a part of tests
+#![allow(unreachable_pub, missing_debug_implementations, clippy::unwrap_used, clippy::print_stderr)] // a part of tests
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path as FsPath;
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -32,6 +33,45 @@ pub fn missing() -> Option<String> {
         return Some("there is no program `ip`".to_owned());
     }
     Namespace::new().err().map(|error| format!("no network namespaces: {error}"))
+}
+
+/// Bytes of the copy: several hundred super-packets.
+pub const COPY: usize = 24 << 20;
+
+/// Says aloud that a test is skipped, and why.
+pub fn skip(test: &str) -> bool {
+    let why = missing();
+    if let Some(why) = &why {
+        eprintln!("SKIPPED {test}: {why}");
+    }
+    why.is_some()
+}
+
+fn byte(at: usize) -> u8 {
+    (at as u32).wrapping_mul(2654435761).to_be_bytes()[0]
+}
+
+/// Copies by TCP from `a` to an address of `b` and compares every byte.
+pub fn copy(a: &Side, b: &Side, to: IpAddr) {
+    let (port, receiver) = b.namespace.run(move || {
+        let listener = TcpListener::bind((to, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let receiver = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut data = Vec::new();
+            stream.read_to_end(&mut data).unwrap();
+            data
+        });
+        (port, receiver)
+    });
+    a.namespace.run(move || {
+        let mut stream = TcpStream::connect_timeout(&(to, port).into(), Duration::from_secs(10)).unwrap();
+        let data: Vec<u8> = (0..COPY).map(byte).collect();
+        stream.write_all(&data).unwrap();
+    });
+    let data = receiver.join().unwrap();
+    assert_eq!(data.len(), COPY);
+    assert!(data.iter().enumerate().all(|(at, got)| *got == byte(at)));
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -194,7 +234,18 @@ pub fn frames(mut buffer: Bytes, to: &NodeKey) -> Vec<Bytes> {
 }
 
 /// Carries what `relay` gives to `to`, as coming from `from`, until the sending tunnel is gone.
-pub fn glue(mut relay: RelayOutput, from: NodeKey, to: &Tunnel, to_key: NodeKey) {
+pub fn glue(relay: RelayOutput, from: NodeKey, to: &Tunnel, to_key: NodeKey) {
+    glue_if(relay, from, to, to_key, |_| true);
+}
+
+/// The same, but only packets that may `pass`.
+pub fn glue_if(
+    mut relay: RelayOutput,
+    from: NodeKey,
+    to: &Tunnel,
+    to_key: NodeKey,
+    mut pass: impl FnMut(&Bytes) -> bool + Send + 'static,
+) {
     let to = to.clone();
     thread::spawn(move || {
         while let Some(batch) = relay.blocking_recv() {
@@ -202,7 +253,8 @@ pub fn glue(mut relay: RelayOutput, from: NodeKey, to: &Tunnel, to_key: NodeKey)
             let mut next = Some(batch);
             while let Some(batch) = next {
                 assert_eq!(batch.key, to_key);
-                packets.extend(frames(batch.frames, &to_key).into_iter().map(|packet| (from, packet)));
+                let passing = frames(batch.frames, &to_key).into_iter().filter(&mut pass);
+                packets.extend(passing.map(|packet| (from, packet)));
                 next = if packets.len() < 256 { relay.try_recv().ok() } else { None };
             }
             to.relay_in(packets);
