@@ -1,4 +1,4 @@
-//! Ways by UDP: auxiliary sockets, ways that fail. Says aloud that it is skipped where devices
+//! Ways by UDP: auxiliary sockets, ways that fail, links with a small MTU. Says aloud that it is skipped where devices
 //! or namespaces are not allowed.
 
 #![allow(clippy::unwrap_used)]
@@ -8,7 +8,7 @@ mod common;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::{Side, cable, copy, pair, skip};
+use common::{COPY, Namespace, Side, cable, copy, pair, skip};
 use lacis_tunnel::{Event, Path, SendFailure, SocketId, Way};
 
 /// Opens an auxiliary socket and waits for its port.
@@ -115,4 +115,38 @@ fn a_way_that_leads_nowhere_is_told_but_not_for_every_packet() {
     }
     let most = begin.elapsed().as_millis() as usize / 500 + 1;
     assert!((2..=most).contains(&told), "{told} of at most {most}");
+}
+
+#[test]
+fn full_packets_pass_links_with_a_small_mtu() {
+    if skip("full_packets_pass_links_with_a_small_mtu") {
+        return;
+    }
+    let (a, b) = pair();
+    let router = Namespace::new().unwrap();
+    for (side, net, mtu) in [(&a, 1, 1500), (&b, 2, 1280)] {
+        router.ip(&format!("link add n{net} type veth peer name u0 netns {}", side.namespace.thread_id));
+        router.ip(&format!("link set n{net} up mtu {mtu}"));
+        router.ip(&format!("addr add 198.51.10{net}.1/24 dev n{net}"));
+        side.namespace.ip(&format!("link set u0 up mtu {mtu}"));
+        side.namespace.ip(&format!("addr add 198.51.10{net}.2/24 dev u0"));
+        side.namespace.ip(&format!("route add default via 198.51.10{net}.1"));
+    }
+    router.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).unwrap();
+    let address =
+        |side: &Side, net: u8| SocketAddr::from(([198, 51, 100 + net, 2], side.tunnel.udp_port().0));
+    let (a_addr, b_addr) = (address(&a, 1), address(&b, 2));
+    a.tunnel.set_path(b.key, Path::Direct(Way::main(b_addr)));
+    b.tunnel.set_path(a.key, Path::Direct(Way::main(a_addr)));
+    copy(&a, &b, b.v4);
+    copy(&b, &a, a.v4);
+    let packets = COPY as u64 / 1280;
+    let (far, near) = (a.tunnel.stats(), b.tunnel.stats());
+    // Batches cannot leave by the small link and are sent singly; nothing is lost by trying.
+    assert!(near.udp_gso_fallbacks > 0 && near.udp_sent > packets, "{near:?}");
+    assert_eq!((far.udp_send_errors, near.udp_send_errors), (0, 0));
+    // It did not take an error from the router, which may be filtered in earnest.
+    let route = a.namespace.command("ip", &format!("route get {}", b_addr.ip()));
+    let route = String::from_utf8_lossy(&route.stdout).into_owned();
+    assert!(route.contains("198.51.101.1") && !route.contains("mtu"), "{route}");
 }

@@ -107,6 +107,14 @@ impl UdpSocket {
                 let _ = set_option(&socket, libc::SOL_SOCKET, plain, BUFFER as libc::c_int);
             }
         }
+        // Datagrams larger than a link on the way are cut into fragments, here or there. The other choice, not to be
+        // cut, loses them where the errors that tell of small links are filtered.
+        let (level, name, never) = if domain == Domain::IPV4 {
+            (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        } else {
+            (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        };
+        set_option(&socket, level, name, never).map_err(failed("allowing fragments"))?;
         let gso = set_option(&socket, SOL_UDP, UDP_SEGMENT, 0).is_ok();
         // Without it datagrams come one by one, which works too.
         let _ = set_option(&socket, SOL_UDP, UDP_GRO, 1);
