@@ -29,15 +29,15 @@ use crate::sinks::{Failure, Sinks};
 use crate::stats::{Counters, unix_millis};
 use crate::sys::sockets::Sockets;
 use crate::sys::tun::{MAX_PACKET, Tun, VNET_LEN};
-use crate::sys::udp::Received;
+use crate::sys::udp::{MAX_SEGMENTS, Received};
 use crate::tunnel::{Queue, Shared};
 use messages::Pings;
 use timers::Ticker;
 
 /// Bytes taken from one descriptor before the others get their turn.
 const TURN_BYTES: usize = 256 << 10;
-/// Reads from one descriptor before the others get their turn.
-const TURN_READS: usize = 32;
+/// Reads from one descriptor before the others get their turn: as many small packets as one send takes.
+const TURN_READS: usize = MAX_SEGMENTS;
 
 /// Between two [`Event::SendFailed`] of a peer.
 const TELL_FAILURE: Duration = Duration::from_millis(500);
