@@ -1,8 +1,9 @@
 # A scenario of tests/ in virtual machines: the machines of its topology.toml, driven by its test.py. The arguments
 # `scenario` (the folder) and `packages` come by _module.args.
 #
-# The internet is one segment: open hosts are 198.51.100.10, .11, … and sites 203.0.113.10, .11, … in the order of their
-# names; inside a site the router is .1 of 192.168.K.0/24 and hosts are .10, .11, … (as in crates/lacis-lab/src/plan.rs).
+# The internet is one segment, with the addresses of crates/lacis-lab/src/plan.rs: open hosts are 198.51.100.10, .11, …
+# and sites 203.0.113.10, .11, … in the order of their names; inside a site the router is .1 of 192.168.K.0/24 and hosts
+# are .10, .11, …
 {
   lib,
   hostPkgs,
@@ -14,18 +15,39 @@ let
   topology = fromTOML (builtins.readFile (scenario + "/topology.toml"));
   sites = topology.sites or { };
   internet = 1;
+  hex = number: lib.toLower (lib.toHexString number);
   # Position of a name among others, from 0.
   position = name: names: lib.lists.findFirstIndex (other: other == name) null (lib.sort lib.lessThan names);
   siteNumber = name: position name (lib.attrNames sites);
+  siteKind = name: sites.${name}.nat or "cone";
+  siteHasV6 = name: sites.${name}.ipv6 or false;
+  # Sites whose hosts have addresses that all the internet reaches.
+  isRouted = name: lib.elem (siteKind name) [ "open" "firewall" ];
   lanPrefix =
-    name: sites.${name}.lan or "192.168.${toString (siteNumber name + 1)}";
-  hostsIn = site: lib.attrNames (lib.filterAttrs (_: host: (host.site or null) == site) topology.hosts);
+    name:
+    sites.${name}.lan
+      or ((if isRouted name then "198.18" else "192.168") + ".${toString (siteNumber name + 1)}");
+  lanPrefix6 = name: "2001:db8:100:${hex (siteNumber name + 1)}:";
+  # miniupnpd maps nothing where its own address is one that only documentation uses.
+  wanAddress =
+    name:
+    (if siteKind name == "port-mapping" then "44" else "203")
+    + ".0.113.${toString (10 + siteNumber name)}";
+  wanAddress6 = name: "2001:db8:ff:${hex (siteNumber name + 1)}::1";
+  hostsIn =
+    site:
+    lib.attrNames (
+      lib.filterAttrs (_: host: (host.site or null) == site || (host.also or null) == site) topology.hosts
+    );
+  place = name: site: 10 + position name (hostsIn site);
+  openHosts = lib.attrNames (lib.filterAttrs (_: host: !(host ? site)) topology.hosts);
   address =
     name: host:
     if host ? site then
-      "${lanPrefix host.site}.${toString (10 + position name (hostsIn host.site))}"
+      "${lanPrefix host.site}.${toString (place name host.site)}"
     else
-      host.address or "198.51.100.${toString (10 + position name (hostsIn null))}";
+      host.address or "198.51.100.${toString (10 + position name openHosts)}";
+  address6 = name: "2001:db8:0:${hex (position name (lib.attrNames topology.hosts) + 1)}::1";
 
   # A throw-away authority and one certificate for each host with names.
   pki =
@@ -53,48 +75,115 @@ let
   # What the lab's own runner does with namespaces: crates/lacis-lab/nat has the rules.
   ruleset =
     site:
-    builtins.replaceStrings
-      [ "flush ruleset\n" "# blocked\n" ]
-      [
-        ""
-        (lib.concatMapStrings (block: builtins.readFile (nat + "/block-${block}.nft")) (site.block or [ ]))
-      ]
-      (builtins.readFile (nat + "/${site.nat or "cone"}.nft"));
+    lib.removePrefix "flush ruleset\n" (builtins.readFile (nat + "/${site.nat or "cone"}.nft"))
+    + lib.concatMapStrings (block: builtins.readFile (nat + "/block-${block}.nft")) (site.block or [ ]);
   nat = ../crates/lacis-lab/nat;
 
-  fixed = interface: addresses: {
-    virtualisation.interfaces.${interface.name} = {
-      inherit (interface) vlan;
-      assignIP = false;
-    };
-    networking.interfaces.${interface.name}.ipv4 = {
-      inherit addresses;
-      routes = interface.routes or [ ];
-    };
-  };
-  onInternet =
-    name: own:
-    fixed
-      {
-        inherit name;
-        vlan = internet;
-        routes =
-          map
-            (prefix: {
-              address = prefix;
-              prefixLength = 24;
-            })
-            [
-              "198.51.100.0"
-              "203.0.113.0"
-            ];
-      }
-      [
+  # An interface with fixed addresses. Each family: the address or null, its prefix length, and routes.
+  fixed =
+    {
+      name,
+      vlan,
+      mtu ? null,
+      v4,
+      v6,
+    }:
+    {
+      virtualisation.interfaces.${name} = {
+        inherit vlan;
+        assignIP = false;
+      };
+      networking.interfaces.${name} =
+        let
+          family = it: {
+            addresses = lib.optional (it.address != null) { inherit (it) address prefixLength; };
+            routes = lib.optionals (it.address != null) it.routes;
+          };
+        in
         {
-          address = own;
-          prefixLength = 32;
-        }
-      ];
+          inherit mtu;
+          ipv4 = family v4;
+          ipv6 = family v6;
+        };
+    };
+  onLink = prefixLength: address: { inherit address prefixLength; };
+  # An end on the internet: everybody is on the link, and what is routed lies behind the routers of its sites.
+  onInternet =
+    {
+      name,
+      mtu ? null,
+      own,
+      own6 ? null,
+      # The site that it is the router of.
+      site ? null,
+    }:
+    let
+      others = lib.remove site (lib.attrNames sites);
+      behind = wanted: route: map route (lib.filter wanted others);
+    in
+    fixed {
+      inherit name mtu;
+      vlan = internet;
+      v4 = {
+        address = own;
+        prefixLength = 32;
+        routes =
+          map (onLink 24) [
+            "198.51.100.0"
+            "203.0.113.0"
+            "44.0.113.0"
+          ]
+          ++ behind isRouted (other: {
+            address = "${lanPrefix other}.0";
+            prefixLength = 24;
+            via = wanAddress other;
+          });
+      };
+      v6 = {
+        address = own6;
+        prefixLength = 128;
+        routes =
+          map (onLink 48) [
+            "2001:db8::"
+            "2001:db8:ff::"
+          ]
+          ++ behind siteHasV6 (other: {
+            address = "${lanPrefix6 other}:";
+            prefixLength = 64;
+            via = wanAddress6 other;
+          });
+      };
+    };
+  # An end in a site's network, with a default route by its router.
+  inSite =
+    {
+      name,
+      mtu ? null,
+      site,
+      last,
+      metric ? null,
+    }:
+    let
+      default = via: address: {
+        inherit address via;
+        prefixLength = 0;
+        options = lib.optionalAttrs (metric != null) { metric = toString metric; };
+      };
+    in
+    fixed {
+      inherit name mtu;
+      vlan = siteVlan site;
+      v4 = {
+        address = "${lanPrefix site}.${toString last}";
+        prefixLength = 24;
+        routes = lib.optional (last != 1) (default "${lanPrefix site}.1" "0.0.0.0");
+      };
+      v6 = {
+        address = if siteHasV6 site then "${lanPrefix6 site}:${hex last}" else null;
+        prefixLength = 64;
+        routes = lib.optional (last != 1) (default "${lanPrefix6 site}:1" "::");
+      };
+    };
   siteVlan = name: internet + 1 + siteNumber name;
 
   common = {
@@ -105,40 +194,64 @@ let
     documentation.enable = false;
   };
 
-  router = name: site: {
-    imports = [
-      common
-      (onInternet "wan" "203.0.113.${toString (10 + siteNumber name)}")
-      (fixed
-        {
+  router =
+    name: site:
+    { pkgs, ... }:
+    let
+      # Links of virtual machines take what is too big, so a narrow uplink is one that the router sends no more to, in
+      # either direction.
+      mtu = site.mtu or null;
+    in
+    {
+      imports = [
+        common
+        (
+          if site ? behind then
+            inSite {
+              name = "wan";
+              inherit mtu;
+              site = site.behind;
+              last = 100 + siteNumber name;
+            }
+          else
+            onInternet {
+              name = "wan";
+              inherit mtu;
+              own = wanAddress name;
+              own6 = if siteHasV6 name then wanAddress6 name else null;
+              site = name;
+            }
+        )
+        (inSite {
           name = "lan";
-          vlan = siteVlan name;
-        }
-        [
-          {
-            address = "${lanPrefix name}.1";
-            prefixLength = 24;
-          }
-        ]
-      )
-    ];
-    boot.kernel.sysctl."net.ipv4.conf.all.forwarding" = lib.mkOverride 97 true;
-    networking.firewall.enable = false;
-    networking.nftables = {
-      enable = true;
-      ruleset = ruleset (
-        lib.throwIf (site ? behind || (site.ipv6 or false))
-          "sites.${name}: `behind` and `ipv6` are not made of virtual machines yet"
-          site
-      );
+          inherit mtu;
+          site = name;
+          last = 1;
+        })
+      ];
+      boot.kernel.sysctl = {
+        "net.ipv4.conf.all.forwarding" = lib.mkOverride 97 true;
+        "net.ipv6.conf.all.forwarding" = lib.mkOverride 97 true;
+      };
+      networking.firewall.enable = false;
+      networking.nftables = {
+        enable = true;
+        ruleset = ruleset site;
+      };
+      services.miniupnpd = lib.mkIf (siteKind name == "port-mapping") {
+        enable = true;
+        externalInterface = "wan";
+        internalIPs = [ "lan" ];
+        natpmp = true;
+        upnp = true;
+      };
+      environment.systemPackages = [ pkgs.conntrack-tools ];
     };
-  };
 
   machine =
     name: host:
     { pkgs, lib, ... }:
     let
-      own = address name host;
       services = host.services or [ ];
       unknown = lib.subtractLists [ "coordinator" "relay" "lacisd" ] services;
     in
@@ -148,30 +261,35 @@ let
         common
         (
           if host ? site then
-            fixed
-              {
-                name = "eth0";
-                vlan = siteVlan host.site;
-              }
-              [
-                {
-                  address = own;
-                  prefixLength = 24;
-                }
-              ]
+            inSite {
+              name = "eth0";
+              inherit (host) site;
+              last = place name host.site;
+            }
           else
-            onInternet "eth0" own
+            onInternet {
+              name = "eth0";
+              own = address name host;
+              own6 = if host.ipv6 or false then address6 name else null;
+            }
         )
+        (lib.optionalAttrs (host ? also) (inSite {
+          name = "eth1";
+          site = host.also;
+          last = place name host.also;
+          metric = 2048;
+        }))
       ];
-      networking.defaultGateway = lib.mkIf (host ? site) {
-        address = "${lanPrefix host.site}.1";
-        interface = "eth0";
-      };
       # Only the topology's public names; machines of the mesh find each other by MagicDNS.
       networking.extraHosts = lib.mkForce (
         lib.concatStrings (
           lib.mapAttrsToList (
-            other: declared: lib.concatMapStrings (dns: "${address other declared} ${dns}\n") (declared.names or [ ])
+            other: declared:
+            lib.concatMapStrings (
+              dns:
+              "${address other declared} ${dns}\n"
+              + lib.optionalString (declared.ipv6 or false) "${address6 other} ${dns}\n"
+            ) (declared.names or [ ])
           ) topology.hosts
         )
       );
@@ -227,5 +345,9 @@ in
   meta.description = topology.description;
   globalTimeout = (topology.timeout or 300) + 300;
   nodes = lib.mapAttrs router sites // lib.mapAttrs machine topology.hosts;
-  testScript = builtins.readFile ../tests/common.py + "\n" + builtins.readFile (scenario + "/test.py");
+  testScript =
+    "import json\n\nexpect = json.loads(${builtins.toJSON (builtins.toJSON (topology.expect or null))})\n\n"
+    + builtins.readFile ../tests/common.py
+    + "\n"
+    + builtins.readFile (scenario + "/test.py");
 }

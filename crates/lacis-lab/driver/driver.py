@@ -75,16 +75,26 @@ class Lab:
         return [machine for machine in self.machines.values() if machine.node["role"] == "host"]
 
     def start_all(self) -> None:
-        """Boots every machine."""
+        """Boots every machine; routers that serve their networks are ready before."""
+        routers = [machine for machine in self.machines.values() if machine.node["role"] == "router" and machine.units]
+        self.boot(routers)
+        for router in routers:
+            for unit in router.units:
+                router.wait_for_unit(unit, timeout=30)
+        self.boot(self.hosts())
+
+    @staticmethod
+    def boot(machines: list[Machine]) -> None:
+        """Boots some machines at once."""
         failures: list[BaseException] = []
 
-        def boot(machine: Machine) -> None:
+        def start(machine: Machine) -> None:
             try:
                 machine.start()
             except (MachineError, OSError) as error:
                 failures.append(error)
 
-        threads = [threading.Thread(target=boot, args=(machine,)) for machine in self.hosts()]
+        threads = [threading.Thread(target=start, args=(machine,)) for machine in machines]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -194,6 +204,7 @@ def names_for(lab: Lab) -> dict[str, Any]:
         "os": os,
         "Machine": Machine,
         "t": unittest.TestCase(),
+        "expect": lab.job["expect"],
         "__name__": "test_script",
         "__file__": str(Path(lab.job["folder"]) / "test.py"),
     }

@@ -15,6 +15,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::expect::Expect;
 use crate::pki::Authority;
 use crate::plan::{Node, Plan, RESOLVER, Role};
 use crate::{net, sys, units};
@@ -60,6 +61,8 @@ pub struct Job {
     pub logs: PathBuf,
     /// Whether names are only in the DNS, not in `/etc/hosts`.
     pub names_by_dns: bool,
+    /// What the script is to measure against, if the topology says.
+    pub expect: Option<Expect>,
     /// Whether to leave all up after the script.
     pub keep: bool,
     /// Whether to print every command of the script.

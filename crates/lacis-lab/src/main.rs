@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lacis_lab::{boot, load, run, shell, sys};
+use lacis_lab::{boot, load, matrix, run, shell, sys};
 
 /// Networks of namespaces with the real programs in them.
 #[derive(Debug, Parser)]
@@ -19,6 +19,8 @@ struct Arguments {
 enum Command {
     /// Run a scenario
     Run(run::Arguments),
+    /// Measure every pair of NAT kinds and print the table
+    Matrix(matrix::Arguments),
     /// Open a shell on a host of a run that was kept up
     Shell(shell::Arguments),
     /// Drive a coordinator with simulated clients
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     sys::end_with_reader();
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Shell(arguments) => shell::shell(&arguments),
         Command::Load(arguments) => load::run(&arguments),
         Command::Confine { job } => run::confine(&job),

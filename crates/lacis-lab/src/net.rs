@@ -14,8 +14,9 @@ use crate::plan::{INTERNET, INTERNET_ADDRESS, Link, Node, Plan, RESOLVER, Role};
 /// Kernel settings of every namespace: no waiting for duplicate address detection, addresses kept on link down.
 const SETTINGS: &str = "for d in all default; do echo 0 >/proc/sys/net/ipv6/conf/$d/accept_dad; \
     echo 1 >/proc/sys/net/ipv6/conf/$d/keep_addr_on_down; echo 0 >/proc/sys/net/ipv4/conf/$d/rp_filter; done 2>/dev/null; ";
-const FORWARDING: &str =
-    "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding; ";
+/// And of those that forward: what crosses a router's bridge is nothing to its rules, whatever the kernel's default.
+const FORWARDING: &str = "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding; \
+    for f in /proc/sys/net/bridge/bridge-nf-call-*; do echo 0 >$f; done 2>/dev/null; ";
 
 /// Builds everything.
 pub fn build(plan: &Plan) -> Result<()> {
@@ -29,7 +30,7 @@ pub fn build(plan: &Plan) -> Result<()> {
         prepare(name, node)?;
     }
     for (name, node) in &plan.nodes {
-        if let Some(link) = &node.uplink {
+        for link in node.uplink.iter().chain(&node.also) {
             plug(name, link)?;
         }
     }
@@ -41,7 +42,13 @@ pub fn rebuild(plan: &Plan, name: &str) -> Result<()> {
     let node = plan.nodes.get(name).with_context(|| format!("there is no node {name}"))?;
     ip(None, &format!("netns del {name}\nnetns add {name}\n"))?;
     prepare(name, node)?;
-    let Some(link) = &node.uplink else { return Ok(()) };
+    for link in node.uplink.iter().chain(&node.also) {
+        replug(name, link)?;
+    }
+    Ok(())
+}
+
+fn replug(name: &str, link: &Link) -> Result<()> {
     // The far end of the old cable goes with the namespace, but only when the kernel gets to it.
     for _ in 0..100 {
         let there = Command::new("ip")
@@ -71,6 +78,9 @@ fn prepare(name: &str, node: &Node) -> Result<()> {
         batch.push_str("link add lan type bridge\nlink set lan up\n");
         for address in &node.lan {
             let _ = writeln!(batch, "addr add {address} dev lan{}", no_dad(address));
+        }
+        if let Some(mtu) = node.mtu {
+            let _ = writeln!(batch, "link set lan mtu {mtu}");
         }
     }
     ip(Some(name), &batch)?;

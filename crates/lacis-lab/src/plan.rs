@@ -4,8 +4,9 @@
 //! [`crate::boot`] the hosts, and the driver reads it as JSON.
 //!
 //! Addresses: the internet is a router (192.0.2.1, resolver 192.0.2.53) with a link of its own to every host and site;
-//! open hosts are 198.51.100.10, .11, … (2001:db8:0:N::1 with IPv6), sites 203.0.113.10, .11, … in the order of
-//! their names; inside a site the router is .1 of 192.168.K.0/24 and hosts are .10, .11, …
+//! open hosts are 198.51.100.10, .11, … (2001:db8:0:N::1 with IPv6), sites 203.0.113.10, .11, … (44.0.113.10, … for
+//! `port-mapping`) in the order of their names; inside a site the router is .1 of 192.168.K.0/24 and hosts are .10,
+//! .11, …; with IPv6 the same numbers in 2001:db8:100:K::/64.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -23,6 +24,8 @@ pub const INTERNET: &str = "internet";
 pub const INTERNET_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Where the internet's name server answers.
 pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
+/// What makes a default route of a second link wait until the first is gone.
+const ROAMING: &str = "metric 2048";
 /// The same gateway for IPv6, on every link.
 const GATEWAY_V6: &str = "fe80::1";
 
@@ -68,8 +71,12 @@ pub struct Node {
     pub site: Option<String>,
     /// Its way out.
     pub uplink: Option<Link>,
+    /// Another way out, used when the first is gone.
+    pub also: Option<Link>,
     /// Addresses of the bridge `lan`, for a router.
     pub lan: Vec<String>,
+    /// The biggest packet that its way out carries, for a router that has a limit.
+    pub mtu: Option<u16>,
     /// Rules for nft, for a router.
     pub ruleset: Option<String>,
     /// A few words for the drawing.
@@ -141,12 +148,13 @@ impl Plan {
         let mut taken: Vec<Ipv4Addr> = topology.hosts.values().filter_map(|host| host.address).collect();
         for (number, (host_name, host)) in topology.hosts.iter().enumerate() {
             let number = u8::try_from(number).context("too many hosts")?;
+            let mut inner = |site| {
+                let place = in_site.entry(site).or_insert(9);
+                *place += 1;
+                (lan_addresses(&inside[site], *place), Way::Lan(site))
+            };
             let (addresses, way) = match &host.site {
-                Some(site) => {
-                    let place = in_site.entry(site).or_insert(9);
-                    *place += 1;
-                    (lan_addresses(&inside[site.as_str()], *place), Way::Lan(site))
-                }
+                Some(site) => inner(site.as_str()),
                 None => {
                     let address = host.address.unwrap_or_else(|| free_address(&mut taken));
                     let v6 =
@@ -154,9 +162,16 @@ impl Plan {
                     (single(address, v6), Way::Core)
                 }
             };
-            let gateway = host.site.as_ref().map(|site| gateways(&inside[site.as_str()]));
-            let uplink = link("eth0", &format!("h{number}"), addresses, way, gateway, &[]);
-            nodes.insert(host_name.clone(), machine(host_name, host, uplink)?);
+            let gateway = |site: &String| gateways(&inside[site.as_str()]);
+            let uplink =
+                link("eth0", &format!("h{number}"), addresses, way, host.site.as_ref().map(gateway), &[]);
+            let also = host.also.as_ref().map(|site| {
+                let (addresses, way) = inner(site.as_str());
+                let mut link = link("eth1", &format!("a{number}"), addresses, way, Some(gateway(site)), &[]);
+                add_to_routes(&mut link, ROAMING);
+                link
+            });
+            nodes.insert(host_name.clone(), machine(host_name, host, uplink, also)?);
         }
         let mut names: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
         for node in nodes.values() {
@@ -189,7 +204,9 @@ fn internet() -> Node {
         role: Role::Internet,
         site: None,
         uplink: None,
+        also: None,
         lan: Vec::new(),
+        mtu: None,
         ruleset: None,
         words: "the routed core, name server 192.0.2.53".to_owned(),
         names: Vec::new(),
@@ -231,29 +248,45 @@ fn router(number: usize, name: &str, site: &Site, inside: &BTreeMap<&str, Inside
         }
         None => {
             let v6 = site.ipv6.then(|| Ipv6Addr::new(0x2001, 0xdb8, 0xff, u16::from(number) + 1, 0, 0, 0, 1));
-            (single(Ipv4Addr::new(203, 0, 113, 10 + number), v6), Way::Core, None)
+            let [a, b, c] = site.nat.outside();
+            (single(Ipv4Addr::new(a, b, c, 10 + number), v6), Way::Core, None)
         }
     };
     let mut words = site.nat.words().to_owned();
     for block in &site.block {
         words = format!("{words}, {}", block.words());
     }
+    let mut uplink = link("wan", &format!("s{number}"), addresses, way, gateway, &beyond);
+    if let Some(mtu) = site.mtu {
+        words = format!("{words}, MTU {mtu}");
+        // The router says what is too big, not the core: so that its own rules decide whether anybody hears of it.
+        add_to_routes(&mut uplink, &format!("mtu {mtu}"));
+    }
+    let mut files = BTreeMap::new();
+    let mut services = Vec::new();
+    if let Some(service) = site.service() {
+        services.push(units::of(service, &[])?);
+        let (path, text) = units::MINIUPNPD;
+        files.insert(path.to_owned(), text.to_owned());
+    }
     let mut lan = vec![format!("{}/24", own.v4(1))];
     lan.extend(own.v6(1).map(|v6| format!("{v6}/64")));
     Ok(Node {
         role: Role::Router,
         site: site.behind.clone(),
-        uplink: Some(link("wan", &format!("s{number}"), addresses, way, gateway, &beyond)),
+        uplink: Some(uplink),
+        also: None,
         lan,
+        mtu: site.mtu,
         ruleset: Some(nat::ruleset(site.nat, &site.block)),
         words,
         names: Vec::new(),
-        units: Vec::new(),
-        files: BTreeMap::new(),
+        units: services,
+        files,
     })
 }
 
-fn machine(name: &str, host: &Host, uplink: Link) -> Result<Node> {
+fn machine(name: &str, host: &Host, uplink: Link, also: Option<Link>) -> Result<Node> {
     let mut files = host.files.clone();
     let mut services = Vec::new();
     for service in &host.services {
@@ -263,18 +296,28 @@ fn machine(name: &str, host: &Host, uplink: Link) -> Result<Node> {
             files.insert(path.to_owned(), text);
         }
     }
-    let words: Vec<&str> = host.services.iter().map(|service| service.unit()).collect();
+    let mut words: Vec<String> = host.services.iter().map(|service| service.unit().to_owned()).collect();
+    words.extend(host.also.iter().map(|site| format!("also in {site}")));
     Ok(Node {
         role: Role::Host,
         site: host.site.clone(),
         uplink: Some(uplink),
+        also,
         lan: Vec::new(),
+        mtu: None,
         ruleset: None,
         words: words.join(", "),
         names: host.names.clone(),
         units: services,
         files,
     })
+}
+
+/// Says more of every route that the node itself has by a link.
+fn add_to_routes(link: &mut Link, words: &str) {
+    for route in &mut link.routes {
+        *route = format!("{route} {words}");
+    }
 }
 
 enum Way<'a> {
@@ -447,6 +490,37 @@ mod tests {
             }
             assert!(planned > 0, "{folder}");
         }
+    }
+
+    #[test]
+    fn a_second_link_waits_with_its_default_route() {
+        let plan =
+            plan("[sites.a]\n[sites.b]\n[hosts.x]\nsite = \"a\"\nalso = \"b\"\n[hosts.y]\nsite = \"b\"\n");
+        let also = plan.nodes["x"].also.clone().unwrap();
+        assert_eq!((also.device.as_str(), also.other.as_str()), ("eth1", "b"));
+        assert_eq!(also.addresses, ["192.168.2.10/24"]);
+        assert_eq!(also.routes, ["default via 192.168.2.1 dev eth1 metric 2048"]);
+        assert_eq!(plan.nodes["y"].addresses(), ["192.168.2.11".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_narrow_uplink_is_known_to_the_router_alone() {
+        let plan = plan("[sites.a]\nmtu = 1420\n[hosts.x]\nsite = \"a\"\n");
+        assert_eq!(plan.nodes["a"].mtu, Some(1420));
+        assert_eq!(
+            plan.nodes["a"].uplink.clone().unwrap().routes,
+            ["default via 192.0.2.1 dev wan onlink mtu 1420"]
+        );
+        assert_eq!(plan.nodes["x"].uplink.clone().unwrap().routes, ["default via 192.168.1.1 dev eth0"]);
+    }
+
+    #[test]
+    fn a_router_that_maps_ports_runs_miniupnpd_at_a_global_address() {
+        let plan = plan("[sites.a]\nnat = \"port-mapping\"\n[hosts.x]\nsite = \"a\"\n");
+        let router = &plan.nodes["a"];
+        assert_eq!(router.addresses(), ["44.0.113.10".parse::<IpAddr>().unwrap()]);
+        assert_eq!(router.units[0].name, "miniupnpd");
+        assert!(router.files["/etc/miniupnpd/miniupnpd.conf"].contains("ext_ifname=wan"));
     }
 
     #[test]

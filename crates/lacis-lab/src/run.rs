@@ -11,6 +11,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::boot::Job;
+use crate::expect::Expect;
 use crate::plan::Plan;
 use crate::sys;
 use crate::topology::{Service, Topology};
@@ -41,6 +42,13 @@ pub struct Arguments {
     /// Run it so many times, and stop at the first failure
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub runs: u32,
+    #[command(flatten)]
+    pub strangers: Strangers,
+}
+
+/// Where programs are that are not the project's own.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Strangers {
     /// A stranger's program, such as tailscaled=/opt/tailscaled, or another build of one of ours
     #[arg(long = "peer", value_name = "NAME=PATH", value_parser = parse_peer)]
     pub peer: Vec<(String, PathBuf)>,
@@ -56,53 +64,15 @@ fn parse_peer(text: &str) -> Result<(String, PathBuf), String> {
 
 /// Runs a scenario as often as asked.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let folder = fs::canonicalize(&arguments.scenario)
-        .with_context(|| format!("there is no scenario {}", arguments.scenario.display()))?;
-    let name = folder
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned())
-        .context("the scenario has no name")?;
-    let topology = Topology::load(&folder)?;
-    let script = folder.join("test.py");
-    ensure!(script.is_file(), "{} is missing", script.display());
-    let own = std::env::current_exe().context("where is this program?")?;
-    let release = own.parent().context("this program is in no folder")?.to_owned();
-
-    let peers = find_peers(arguments, &topology)?;
-    let missing: Vec<&str> = topology
-        .services()
-        .iter()
-        .flat_map(|service| service.peer_programs())
-        .filter(|program| !peers.contains_key(**program))
-        .copied()
-        .collect();
-    if !missing.is_empty() {
-        println!("SKIPPED {name}: needs {} (--peers DIR, or --peer NAME=PATH)", missing.join(", "));
+    let topology = Topology::load(&arguments.scenario)?;
+    let Some(scenario) = Scenario::prepare(&arguments.scenario, &topology, &arguments.strangers)? else {
         return Ok(ExitCode::SUCCESS);
-    }
-    extend_path();
-    check_system(&topology)?;
-    let mut programs = own_programs(&release, &topology, &peers)?;
-    programs.insert("lacis-lab".to_owned(), own.clone());
-    programs.extend(peers);
-    programs.extend(build_programs(&folder, &topology)?);
-
-    let plan = Plan::new(&name, &topology)?;
-    println!("{name}: {}\n\n{}", plan.description, plan.drawing);
+    };
+    let name = &scenario.plan.name;
+    println!("{name}: {}\n\n{}", scenario.plan.description, scenario.plan.drawing);
+    let how = How { keep: arguments.keep, verbose: arguments.verbose, ..How::default() };
     for number in 1..=arguments.runs {
-        let logs = log_folder(&release, &name, number)?;
-        let job = Job {
-            plan: plan.clone(),
-            programs: programs.clone(),
-            folder: folder.clone(),
-            logs: logs.clone(),
-            names_by_dns: topology.names_by_dns,
-            keep: arguments.keep,
-            verbose: arguments.verbose,
-        };
-        let started = Instant::now();
-        let status = confined(&own, &job)?;
-        let seconds = started.elapsed().as_secs_f64();
+        let Outcome { status, seconds, logs } = scenario.once(number, &how)?;
         let of =
             if arguments.runs > 1 { format!(" (run {number} of {})", arguments.runs) } else { String::new() };
         if status != 0 {
@@ -115,24 +85,137 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn find_peers(arguments: &Arguments, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
-    let mut found = BTreeMap::new();
-    if let Some(folder) = &arguments.peers {
-        let folder = fs::canonicalize(folder).with_context(|| format!("--peers {}", folder.display()))?;
-        for service in topology.services() {
-            for program in service.peer_programs() {
-                let path = folder.join(program);
-                if path.is_file() {
-                    found.insert((*program).to_owned(), path);
-                }
-            }
+/// A scenario with everything that it needs found and planned.
+#[derive(Debug)]
+pub struct Scenario {
+    /// What will be built.
+    pub plan: Plan,
+    own: PathBuf,
+    release: PathBuf,
+    folder: PathBuf,
+    programs: BTreeMap<String, PathBuf>,
+    names_by_dns: bool,
+    expect: Option<Expect>,
+}
+
+/// How one run is made.
+#[derive(Debug, Default)]
+pub struct How {
+    /// Leave everything up after the script.
+    pub keep: bool,
+    /// Print every command of the script.
+    pub verbose: bool,
+    /// Keep standard output free: what the run says goes to standard error.
+    pub aside: bool,
+    /// Variables that the script finds in its environment.
+    pub environment: Vec<(&'static str, String)>,
+}
+
+/// How one run went.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The script's exit code; 0 if all is well.
+    pub status: i32,
+    /// How long it took.
+    pub seconds: f64,
+    /// Where its logs are.
+    pub logs: PathBuf,
+}
+
+impl Scenario {
+    /// Finds programs and plans addresses for a folder's script and a topology, which need not be the folder's own.
+    /// Says `SKIPPED` and gives nothing if a stranger's program is missing.
+    pub fn prepare(folder: &Path, topology: &Topology, strangers: &Strangers) -> Result<Option<Self>> {
+        let folder =
+            fs::canonicalize(folder).with_context(|| format!("there is no scenario {}", folder.display()))?;
+        let name = folder
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .context("the scenario has no name")?;
+        let script = folder.join("test.py");
+        ensure!(script.is_file(), "{} is missing", script.display());
+        let own = std::env::current_exe().context("where is this program?")?;
+        let release = own.parent().context("this program is in no folder")?.to_owned();
+
+        extend_path();
+        let (peers, missing) = find_strangers(strangers, topology)?;
+        if !missing.is_empty() {
+            println!("SKIPPED {name}: needs {}", missing.join(", "));
+            return Ok(None);
         }
+        check_system(topology)?;
+        let mut programs = own_programs(&release, topology, &peers)?;
+        programs.insert("lacis-lab".to_owned(), own.clone());
+        programs.extend(peers);
+        programs.extend(build_programs(&folder, topology)?);
+        let plan = Plan::new(&name, topology)?;
+        let (names_by_dns, expect) = (topology.names_by_dns, topology.expect.clone());
+        Ok(Some(Self { plan, own, release, folder, programs, names_by_dns, expect }))
     }
-    for (name, path) in &arguments.peer {
+
+    /// What the script is to measure against.
+    pub fn expect(&self) -> Option<&Expect> {
+        self.expect.as_ref()
+    }
+
+    /// Runs the script on a fresh network.
+    pub fn once(&self, number: u32, how: &How) -> Result<Outcome> {
+        let logs = log_folder(&self.release, &self.plan.name, number)?;
+        let job = Job {
+            plan: self.plan.clone(),
+            programs: self.programs.clone(),
+            folder: self.folder.clone(),
+            logs: logs.clone(),
+            names_by_dns: self.names_by_dns,
+            expect: self.expect.clone(),
+            keep: how.keep,
+            verbose: how.verbose,
+        };
+        let started = Instant::now();
+        let status = confined(&self.own, &job, how)?;
+        Ok(Outcome { status, seconds: started.elapsed().as_secs_f64(), logs })
+    }
+}
+
+/// Strangers' programs by name, and what is missing, in words.
+fn find_strangers(
+    strangers: &Strangers,
+    topology: &Topology,
+) -> Result<(BTreeMap<String, PathBuf>, Vec<String>)> {
+    let mut found = BTreeMap::new();
+    for (name, path) in &strangers.peer {
         let path = fs::canonicalize(path).with_context(|| format!("--peer {name}={}", path.display()))?;
         found.insert(name.clone(), path);
     }
-    Ok(found)
+    let folder = match &strangers.peers {
+        Some(folder) => {
+            Some(fs::canonicalize(folder).with_context(|| format!("--peers {}", folder.display()))?)
+        }
+        None => None,
+    };
+    let mut missing = Vec::new();
+    for service in topology.services() {
+        for program in service.peer_programs() {
+            let path = folder.as_ref().map(|folder| folder.join(program)).filter(|path| path.is_file());
+            match path {
+                _ if found.contains_key(*program) => {}
+                Some(path) => {
+                    found.insert((*program).to_owned(), path);
+                }
+                None => missing.push(format!("{program} (--peers DIR, or --peer {program}=PATH)")),
+            }
+        }
+        for (program, package) in service.system_programs() {
+            match find_tool(program) {
+                _ if found.contains_key(*program) => {}
+                Some(path) => {
+                    found.insert((*program).to_owned(), path);
+                }
+                None => missing.push(format!("{program} (./scripts/setup; Debian package {package})")),
+            }
+        }
+    }
+    Ok((found, missing))
 }
 
 /// The project's programs, from where this one was built; another build may be given as a peer.
@@ -175,10 +258,15 @@ fn extend_path() {
     sys::set_path(&folders.join(":"));
 }
 
-fn check_system(topology: &Topology) -> Result<()> {
+/// Where a program of the system is.
+fn find_tool(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
+    path.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
+}
+
+fn check_system(topology: &Topology) -> Result<()> {
     for (tool, package) in TOOLS {
-        if !path.split(':').any(|folder| Path::new(folder).join(tool).is_file()) {
+        if find_tool(tool).is_none() {
             bail!(
                 "{tool} is not installed: ./scripts/setup installs what the lab needs (Debian package {package})"
             );
@@ -211,12 +299,15 @@ fn log_folder(release: &Path, name: &str, number: u32) -> Result<PathBuf> {
 }
 
 /// Runs a job in namespaces of its own; the exit code of its script.
-fn confined(own: &Path, job: &Job) -> Result<i32> {
+fn confined(own: &Path, job: &Job, how: &How) -> Result<i32> {
     let path = job.logs.join("job.json");
     fs::write(&path, serde_json::to_vec_pretty(job)?)?;
     // A process of its own does it, so that this one stays where it is.
     let mut outer = Command::new(own);
-    outer.arg("confine").arg(&path);
+    outer.arg("confine").arg(&path).envs(how.environment.iter().map(|(name, value)| (name, value)));
+    if how.aside {
+        outer.stdout(std::io::stderr());
+    }
     let mut outer = sys::die_with_parent(&mut outer).spawn().context("cannot start the run")?;
     let status = sys::wait_forwarding(&mut outer)?;
     Ok(status.code().unwrap_or(1))

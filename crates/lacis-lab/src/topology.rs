@@ -26,6 +26,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use crate::expect::Expect;
 use crate::nat::{Block, NatKind};
 
 /// Names that a host or a site cannot have: the internet itself, and what scripts call by themselves.
@@ -51,6 +52,8 @@ pub struct Topology {
     /// Programs of the scenario's own, built before it starts.
     #[serde(default)]
     pub programs: BTreeMap<String, Program>,
+    /// What pairs of sides come to, for a script that measures them.
+    pub expect: Option<Expect>,
 }
 
 /// A router and the network behind it.
@@ -70,6 +73,8 @@ pub struct Site {
     /// Whether hosts inside have IPv6 addresses too (behind a stateful firewall).
     #[serde(default)]
     pub ipv6: bool,
+    /// The biggest packet that its uplink carries, in bytes, both ways; 1500 without it.
+    pub mtu: Option<u16>,
 }
 
 /// What a host is made of.
@@ -90,6 +95,8 @@ pub struct Host {
     pub kind: HostKind,
     /// The site it is in; without one it is on the internet.
     pub site: Option<String>,
+    /// A site that a second link (`eth1`) leads to, with a default route of a higher metric: what a machine roams to.
+    pub also: Option<String>,
     /// Its address on the internet, if it matters.
     pub address: Option<Ipv4Addr>,
     /// Whether it has an IPv6 address on the internet too.
@@ -131,6 +138,9 @@ pub enum Service {
     Headscale,
     /// Tailscale's relay (given by path)
     Derper,
+    /// What routers of the kind `port-mapping` run; no host asks for it
+    #[serde(skip)]
+    Miniupnpd,
 }
 
 /// A program of the scenario's own.
@@ -143,6 +153,13 @@ pub struct Program {
     pub path: String,
 }
 
+impl Site {
+    /// What runs on the router.
+    pub fn service(&self) -> Option<Service> {
+        (self.nat == NatKind::PortMapping).then_some(Service::Miniupnpd)
+    }
+}
+
 impl Service {
     /// The unit's name, without `.service`.
     pub fn unit(self) -> &'static str {
@@ -153,6 +170,7 @@ impl Service {
             Self::Tailscaled => "tailscaled",
             Self::Headscale => "headscale",
             Self::Derper => "derper",
+            Self::Miniupnpd => "miniupnpd",
         }
     }
 
@@ -162,7 +180,7 @@ impl Service {
             Self::Coordinator => &["lacis-coordinator", "lacis"],
             Self::Relay => &["lacis-relay"],
             Self::Lacisd => &["lacisd", "lacis"],
-            Self::Tailscaled | Self::Headscale | Self::Derper => &[],
+            Self::Tailscaled | Self::Headscale | Self::Derper | Self::Miniupnpd => &[],
         }
     }
 
@@ -172,8 +190,13 @@ impl Service {
             Self::Tailscaled => &["tailscaled", "tailscale"],
             Self::Headscale => &["headscale"],
             Self::Derper => &["derper"],
-            Self::Coordinator | Self::Relay | Self::Lacisd => &[],
+            Self::Coordinator | Self::Relay | Self::Lacisd | Self::Miniupnpd => &[],
         }
+    }
+
+    /// Programs of the system that it needs and not every machine has, each with its Debian package.
+    pub fn system_programs(self) -> &'static [(&'static str, &'static str)] {
+        if self == Self::Miniupnpd { &[("miniupnpd", "miniupnpd-nftables")] } else { &[] }
     }
 }
 
@@ -214,6 +237,16 @@ impl Topology {
             if let Some(lan) = &site.lan {
                 lan_prefix(lan).with_context(|| format!("sites.{name}.lan"))?;
             }
+            let least = if site.ipv6 { 1280 } else { 576 };
+            if let Some(mtu) = site.mtu {
+                ensure!((least..=1500).contains(&mtu), "sites.{name}.mtu: {mtu} is not in {least} to 1500");
+            }
+            let outside = site.ipv6 || site.nat.is_routed() || site.nat == NatKind::PortMapping;
+            ensure!(
+                !outside || site.behind.is_none(),
+                "sites.{name}: `ipv6` and the kinds open, firewall and port-mapping need addresses of the internet, \
+                 so it cannot be behind another site"
+            );
         }
         for (name, host) in &self.hosts {
             if let Some(site) = &host.site {
@@ -222,6 +255,10 @@ impl Topology {
                     host.address.is_none() && !host.ipv6,
                     "hosts.{name}: `address` and `ipv6` are for hosts on the internet; this one is in site {site}"
                 );
+            }
+            if let Some(also) = &host.also {
+                ensure!(self.sites.contains_key(also), "hosts.{name}.also: there is no site {also}");
+                ensure!(host.site.as_ref() != Some(also), "hosts.{name}.also: it is in {also} already");
             }
             for (service, config) in [
                 (Service::Coordinator, &host.coordinator),
@@ -239,6 +276,9 @@ impl Topology {
                 ensure!(path.starts_with('/'), "hosts.{name}.files: {path} must begin with /");
             }
         }
+        if let Some(expect) = &self.expect {
+            expect.check(&self.hosts.keys().map(String::as_str).collect()).context("expect")?;
+        }
         Ok(())
     }
 
@@ -255,9 +295,10 @@ impl Topology {
         Ok(())
     }
 
-    /// The services of all hosts, each once.
+    /// The services of all hosts and routers, each once.
     pub fn services(&self) -> BTreeSet<Service> {
-        self.hosts.values().flat_map(|host| host.services.iter().copied()).collect()
+        let hosts = self.hosts.values().flat_map(|host| host.services.iter().copied());
+        hosts.chain(self.sites.values().filter_map(Site::service)).collect()
     }
 }
 
@@ -274,6 +315,12 @@ pub fn lan_prefix(text: &str) -> Result<[u8; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_router_that_maps_ports_needs_its_program() {
+        let text = "description = \"x\"\n[sites.a]\nnat = \"port-mapping\"\n[hosts.h]\n";
+        assert!(Topology::parse(text).unwrap().services().contains(&Service::Miniupnpd));
+    }
 
     const SMALL: &str =
         "description = \"x\"\n[sites.home]\n[hosts.alice]\nsite = \"home\"\nservices = [\"lacisd\"]\n";
@@ -300,6 +347,16 @@ mod tests {
                 "circle",
             ),
             ("description = \"x\"\n[sites.a]\nlan = \"10.0\"\n[hosts.h]\n", "192.168.7"),
+            ("description = \"x\"\n[sites.a]\nmtu = 100\n[hosts.h]\n", "576 to 1500"),
+            ("description = \"x\"\n[sites.a]\nipv6 = true\nmtu = 1279\n[hosts.h]\n", "1280 to 1500"),
+            ("description = \"x\"\n[hosts.h]\nalso = \"a\"\n", "there is no site a"),
+            ("description = \"x\"\n[sites.a]\n[hosts.h]\nsite = \"a\"\nalso = \"a\"\n", "already"),
+            ("description = \"x\"\n[hosts.h]\nservices = [\"miniupnpd\"]\n", "unknown variant"),
+            (
+                "description = \"x\"\n[sites.a]\n[sites.b]\nnat = \"port-mapping\"\nbehind = \"a\"\n[hosts.h]\n",
+                "need addresses of the internet",
+            ),
+            ("description = \"x\"\n[hosts.a-a]\n[expect]\nsides = [\"a\"]\nlacisd = {}\n", "no host a-b"),
         ] {
             let error = format!("{:#}", Topology::parse(text).unwrap_err());
             assert!(error.contains(want), "{text:?}: {error}");

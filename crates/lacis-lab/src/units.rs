@@ -46,8 +46,13 @@ fn text_of(service: Service) -> &'static str {
         Service::Tailscaled => include_str!("../units/tailscaled.service"),
         Service::Headscale => include_str!("../units/headscale.service"),
         Service::Derper => include_str!("../units/derper.service"),
+        Service::Miniupnpd => include_str!("../units/miniupnpd.service"),
     }
 }
+
+/// The configuration file of the service of a router: where it goes, and its text.
+pub const MINIUPNPD: (&str, &str) =
+    ("/etc/miniupnpd/miniupnpd.conf", include_str!("../units/miniupnpd.conf"));
 
 /// The unit of a service, with further arguments.
 pub fn of(service: Service, arguments: &[String]) -> Result<Unit> {
@@ -120,7 +125,7 @@ pub fn configuration(service: Service, host: &Host) -> Result<Option<(&'static s
         ),
         Service::Relay => ("/etc/lacis/relay.yaml", &host.relay, &[("state_dir", "/var/lib/lacis-relay")]),
         Service::Headscale => ("/etc/headscale/config.yaml", &host.headscale, &[]),
-        Service::Lacisd | Service::Tailscaled | Service::Derper => return Ok(None),
+        Service::Lacisd | Service::Tailscaled | Service::Derper | Service::Miniupnpd => return Ok(None),
     };
     let Some(table) = table else { return Ok(None) };
     let mut table = table.clone();
@@ -150,9 +155,14 @@ mod tests {
         assert_eq!(unit.command.last().unwrap(), "--verbose");
         assert!(unit.notify && unit.restart == "always" && unit.restart_prevent == [78]);
         assert_eq!((unit.state, unit.runtime), (vec!["lacis".to_owned()], vec!["lacis".to_owned()]));
-        for service in
-            [Service::Coordinator, Service::Relay, Service::Tailscaled, Service::Headscale, Service::Derper]
-        {
+        for service in [
+            Service::Coordinator,
+            Service::Relay,
+            Service::Tailscaled,
+            Service::Headscale,
+            Service::Derper,
+            Service::Miniupnpd,
+        ] {
             assert!(!of(service, &[]).unwrap().command.is_empty());
         }
     }
