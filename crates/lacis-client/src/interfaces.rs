@@ -1,34 +1,48 @@
 //! The addresses of this host at which others may find it: candidates for its endpoints.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use futures_util::TryStreamExt as _;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use lacis_wire::control::endpoint_type::{EXPLICIT, LOCAL, PORT_MAPPED, STUN, STUN_LOCAL_PORT};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::Handle;
 use tokio_util::task::AbortOnDropHandle;
-
-use crate::netcheck::is_mesh_address;
 
 /// Control servers cut long lists; ours stays far below.
 const MOST: usize = 32;
 /// Privacy extensions give an interface many addresses of one subnet.
 const PER_V6_SUBNET: usize = 2;
 
-/// Addresses of all interfaces, as far as they can be endpoints: not those of the mesh, not link-local, loopback
-/// only if there is nothing else. None where netlink does not tell.
-pub(crate) async fn addresses() -> Option<Vec<IpAddr>> {
-    let connection = match rtnetlink::new_connection() {
-        Ok((connection, handle, _)) => Ok((AbortOnDropHandle::new(tokio::spawn(connection)), handle)),
+/// An address, and the index of the device that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Address {
+    pub(crate) ip: IpAddr,
+    pub(crate) device: u32,
+}
+
+/// What the kernel says of this host's devices.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Devices {
+    /// Those that are up and connected.
+    pub(crate) working: HashSet<u32>,
+    /// Their addresses, as far as they can be endpoints.
+    pub(crate) addresses: Vec<Address>,
+}
+
+/// Addresses of all interfaces, as far as they can be endpoints: not those of the mesh's own device or of another
+/// mesh's, not link-local, loopback only if there is nothing else. None where netlink does not tell.
+pub(crate) async fn addresses(tun_index: u32) -> Option<Vec<IpAddr>> {
+    let devices = match rtnetlink::new_connection() {
+        Ok((connection, handle, _)) => {
+            let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+            devices(&handle, tun_index).await.map_err(|error| error.to_string())
+        }
         Err(error) => Err(error.to_string()),
     };
-    let messages = match connection {
-        Ok((_task, handle)) => {
-            let read = handle.address().get().execute().try_collect::<Vec<_>>().await;
-            read.map_err(|error| error.to_string())
-        }
-        Err(error) => Err(error),
-    };
-    match messages {
-        Ok(messages) => Some(usable(messages.iter().filter_map(address).collect())),
+    match devices {
+        Ok(devices) => Some(devices.addresses.iter().map(|address| address.ip).collect()),
         Err(error) => {
             tracing::warn!(%error, "this host's addresses cannot be read");
             None
@@ -36,33 +50,85 @@ pub(crate) async fn addresses() -> Option<Vec<IpAddr>> {
     }
 }
 
-fn address(message: &AddressMessage) -> Option<IpAddr> {
+/// The same by a connection that is there already, with the devices.
+pub(crate) async fn devices(handle: &Handle, tun_index: u32) -> Result<Devices, rtnetlink::Error> {
+    let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
+    let addresses: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;
+    Ok(select(&links, &addresses, tun_index))
+}
+
+fn select(links: &[LinkMessage], addresses: &[AddressMessage], tun_index: u32) -> Devices {
+    let indexes = |wanted: &dyn Fn(&LinkMessage) -> bool| -> HashSet<u32> {
+        links.iter().filter(|link| wanted(link)).map(|link| link.header.index).collect()
+    };
+    let working = indexes(&|link| {
+        link.header.index != tun_index && link.header.flags.contains(LinkFlags::Up | LinkFlags::Running)
+    });
+    // A device without a link layer is a tunnel; one with an address of the mesh's ranges belongs to another mesh,
+    // and a mesh in a mesh helps nobody. A LAN or an uplink may have such addresses.
+    let tunnels = indexes(&|link| link.header.link_layer_type == LinkLayerType::None);
+    let found = addresses.iter().filter(|message| is_settled(message)).filter_map(|message| {
+        let device = message.header.index;
+        let address = Address { ip: ip(message)?, device };
+        let foreign_mesh = tunnels.contains(&device) && is_mesh_address(address.ip);
+        (working.contains(&device) && !foreign_mesh).then_some(address)
+    });
+    let addresses = usable(found.collect());
+    Devices { working, addresses }
+}
+
+/// Not one that is still being checked, that somebody else has, or that is about to go.
+fn is_settled(message: &AddressMessage) -> bool {
+    let unsettled = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
+    let of = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Flags(flags) => Some(*flags),
+        _ => None,
+    };
+    let flags = message.attributes.iter().find_map(of);
+    let flags = flags.unwrap_or(AddressFlags::from_bits_retain(message.header.flags.bits().into()));
+    !flags.intersects(unsettled)
+}
+
+fn ip(message: &AddressMessage) -> Option<IpAddr> {
     let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
     find(|attribute| if let AddressAttribute::Local(ip) = attribute { Some(*ip) } else { None }).or_else(
         || find(|attribute| if let AddressAttribute::Address(ip) = attribute { Some(*ip) } else { None }),
     )
 }
 
-fn usable(all: Vec<IpAddr>) -> Vec<IpAddr> {
+/// Is it of the ranges from which meshes give addresses to their nodes?
+fn is_mesh_address(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => is_shared(ip),
+        IpAddr::V6(ip) => ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
+    }
+}
+
+/// 100.64.0.0/10: carriers and meshes use it.
+pub(crate) fn is_shared(ip: Ipv4Addr) -> bool {
+    u32::from(ip) & 0xffc0_0000 == u32::from(Ipv4Addr::new(100, 64, 0, 0))
+}
+
+fn usable(all: Vec<Address>) -> Vec<Address> {
     let is_unique_local = |ip: &Ipv6Addr| ip.segments()[0] & 0xfe00 == 0xfc00;
     let is_v6_link_local = |ip: &Ipv6Addr| ip.segments()[0] & 0xffc0 == 0xfe80;
-    let mut ordinary = Vec::new();
+    let mut ordinary: Vec<Address> = Vec::new();
     let mut poor = Vec::new();
     let mut loopback = Vec::new();
-    for ip in all {
-        match ip {
-            _ if is_mesh_address(ip) || ip.is_unspecified() || ip.is_multicast() => {}
-            _ if ip.is_loopback() => loopback.push(ip),
-            IpAddr::V4(v4) if v4.is_link_local() => poor.push(ip),
+    for address in all {
+        match address.ip {
+            ip if ip.is_unspecified() || ip.is_multicast() => {}
+            ip if ip.is_loopback() => loopback.push(address),
+            IpAddr::V4(v4) if v4.is_link_local() => poor.push(address),
             IpAddr::V6(v6) if is_v6_link_local(&v6) => {}
-            IpAddr::V6(v6) if is_unique_local(&v6) => poor.push(ip),
+            IpAddr::V6(v6) if is_unique_local(&v6) => poor.push(address),
             IpAddr::V6(v6) => {
-                let subnet = |other: &IpAddr| matches!(other, IpAddr::V6(o) if o.segments()[..4] == v6.segments()[..4]);
-                if ordinary.iter().filter(|other| subnet(other)).count() < PER_V6_SUBNET {
-                    ordinary.push(ip);
+                let subnet = |other: &&Address| matches!(other.ip, IpAddr::V6(o) if o.segments()[..4] == v6.segments()[..4]);
+                if ordinary.iter().filter(subnet).count() < PER_V6_SUBNET {
+                    ordinary.push(address);
                 }
             }
-            IpAddr::V4(_) => ordinary.push(ip),
+            IpAddr::V4(_) => ordinary.push(address),
         }
     }
     let mut chosen = [ordinary, poor, loopback].into_iter().find(|some| !some.is_empty()).unwrap_or_default();
@@ -70,19 +136,42 @@ fn usable(all: Vec<IpAddr>) -> Vec<IpAddr> {
     chosen
 }
 
-/// The endpoints of this node and where each comes from: what relays saw of it first, then its own addresses.
-pub(crate) fn endpoints(
-    seen: &[SocketAddr],
-    own: &[IpAddr],
-    (port4, port6): (u16, u16),
-) -> (Vec<SocketAddr>, Vec<u8>) {
-    use lacis_wire::control::endpoint_type::{LOCAL, STUN};
-    let local = own.iter().filter_map(|ip| {
-        let port = if ip.is_ipv4() { port4 } else { port6 };
+/// Whatever may be an endpoint of this node, by where it comes from.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sources<'a> {
+    /// What the router maps to this node's port.
+    pub(crate) mapped: Option<SocketAddrV4>,
+    /// What servers saw of this node.
+    pub(crate) seen: &'a [SocketAddr],
+    /// The address that servers saw with the port that is configured here: somebody may have told the router to
+    /// forward it.
+    pub(crate) forwarded: Option<SocketAddr>,
+    /// What the user says.
+    pub(crate) declared: &'a [SocketAddr],
+    /// This host's own addresses.
+    pub(crate) own: &'a [IpAddr],
+    /// The tunnel's UDP ports, IPv4 and IPv6; 0 for none.
+    pub(crate) ports: (u16, u16),
+}
+
+/// The endpoints of this node and the type of each, the most promising first (the NAT dossier, section 15.3).
+pub(crate) fn endpoints(sources: &Sources<'_>) -> (Vec<SocketAddr>, Vec<u8>) {
+    let own = sources.own.iter().filter_map(|ip| {
+        let port = if ip.is_ipv4() { sources.ports.0 } else { sources.ports.1 };
         (port != 0).then_some((SocketAddr::new(*ip, port), LOCAL))
     });
+    let typed = |addresses: &[SocketAddr], kind: u8| -> Vec<(SocketAddr, u8)> {
+        addresses.iter().map(|address| (*address, kind)).collect()
+    };
+    let mapped = sources.mapped.map(|address| (SocketAddr::V4(address), PORT_MAPPED));
+    let found = mapped
+        .into_iter()
+        .chain(typed(sources.seen, STUN))
+        .chain(sources.forwarded.map(|address| (address, STUN_LOCAL_PORT)))
+        .chain(typed(sources.declared, EXPLICIT))
+        .chain(own);
     let mut all: Vec<(SocketAddr, u8)> = Vec::new();
-    for (address, kind) in seen.iter().map(|address| (*address, STUN)).chain(local) {
+    for (address, kind) in found {
         if all.iter().all(|(known, _)| *known != address) {
             all.push((address, kind));
         }
@@ -98,29 +187,98 @@ mod tests {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
-    #[test]
-    fn the_meshes_own_and_link_local_addresses_are_no_endpoints() {
-        let all = ips(&["127.0.0.1", "100.64.0.7", "192.168.1.2", "fe80::1", "fd7a:115c:a1e0::7", "fd00::1"]);
-        assert_eq!(usable(all), ips(&["192.168.1.2"]));
+    fn usable_of(texts: &[&str]) -> Vec<IpAddr> {
+        let all = ips(texts).into_iter().map(|ip| Address { ip, device: 1 }).collect();
+        usable(all).into_iter().map(|address| address.ip).collect()
+    }
+
+    fn link(index: u32, kind: LinkLayerType, flags: LinkFlags) -> LinkMessage {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.header.link_layer_type = kind;
+        link.header.flags = flags;
+        link
+    }
+
+    fn address(device: u32, ip: &str, flags: AddressFlags) -> AddressMessage {
+        let mut message = AddressMessage::default();
+        message.header.index = device;
+        message.attributes.push(AddressAttribute::Address(ip.parse().unwrap()));
+        message.attributes.push(AddressAttribute::Flags(flags));
+        message
     }
 
     #[test]
-    fn poor_addresses_count_only_if_there_are_no_better_ones() {
-        assert_eq!(usable(ips(&["127.0.0.1", "169.254.3.4"])), ips(&["169.254.3.4"]));
-        assert_eq!(usable(ips(&["127.0.0.1", "::1"])), ips(&["127.0.0.1", "::1"]));
+    fn link_local_and_private_addresses_give_way_to_better_ones() {
+        let all = ["127.0.0.1", "192.168.1.2", "fe80::1", "fd00::1", "169.254.3.4"];
+        assert_eq!(usable_of(&all), ips(&["192.168.1.2"]));
+        assert_eq!(usable_of(&["127.0.0.1", "169.254.3.4"]), ips(&["169.254.3.4"]));
+        assert_eq!(usable_of(&["127.0.0.1", "::1"]), ips(&["127.0.0.1", "::1"]));
     }
 
     #[test]
     fn two_addresses_of_an_ipv6_subnet_are_enough() {
-        let all = ips(&["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:1::1"]);
-        assert_eq!(usable(all), ips(&["2001:db8::1", "2001:db8::2", "2001:db8:1::1"]));
+        let all = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:1::1"];
+        assert_eq!(usable_of(&all), ips(&["2001:db8::1", "2001:db8::2", "2001:db8:1::1"]));
     }
 
     #[test]
-    fn an_endpoint_is_told_once() {
-        let seen = ["192.0.2.1:41641".parse().unwrap()];
-        let (all, kinds) = endpoints(&seen, &ips(&["192.0.2.1", "2001:db8::1"]), (41641, 0));
-        assert_eq!(all, seen);
-        assert_eq!(kinds, [2]);
+    fn a_lan_may_use_the_meshes_ranges_and_a_tunnel_of_a_mesh_may_not() {
+        let on = LinkFlags::Up | LinkFlags::Running;
+        let links = [
+            link(2, LinkLayerType::Ether, on),
+            link(3, LinkLayerType::None, on),
+            link(4, LinkLayerType::None, on),
+            link(5, LinkLayerType::None, on),
+        ];
+        let plain = AddressFlags::empty();
+        let addresses = [
+            address(2, "100.64.7.2", plain),
+            address(3, "100.64.0.1", plain), // ours
+            address(4, "100.100.1.1", plain),
+            address(5, "10.8.0.2", plain),
+        ];
+        let devices = select(&links, &addresses, 3);
+        assert_eq!(devices.working, [2, 4, 5].into());
+        let found: Vec<_> = devices.addresses.iter().map(|address| address.ip).collect();
+        assert_eq!(found, ips(&["100.64.7.2", "10.8.0.2"]));
+    }
+
+    #[test]
+    fn what_does_not_work_is_no_endpoint() {
+        let on = LinkFlags::Up | LinkFlags::Running;
+        let links = [link(2, LinkLayerType::Ether, on), link(3, LinkLayerType::Ether, LinkFlags::Up)];
+        let addresses = [
+            address(2, "2001:db8::1", AddressFlags::Tentative),
+            address(2, "2001:db8::2", AddressFlags::Deprecated),
+            address(2, "2001:db8::3", AddressFlags::Permanent),
+            address(3, "192.168.1.2", AddressFlags::Permanent),
+        ];
+        let devices = select(&links, &addresses, 9);
+        let found: Vec<_> = devices.addresses.iter().map(|address| address.ip).collect();
+        assert_eq!(found, ips(&["2001:db8::3"]));
+    }
+
+    #[test]
+    fn an_endpoint_is_told_once_by_its_best_source() {
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (all, kinds) = endpoints(&Sources {
+            mapped: Some("198.51.100.1:7".parse().unwrap()),
+            seen: &[at("192.0.2.1:41641"), at("198.51.100.1:1025")],
+            forwarded: Some(at("198.51.100.1:41641")),
+            declared: &[at("203.0.113.1:9"), at("198.51.100.1:7")],
+            own: &ips(&["192.0.2.1", "10.0.0.2", "2001:db8::1"]),
+            ports: (41641, 0),
+        });
+        let expected = [
+            ("198.51.100.1:7", PORT_MAPPED),
+            ("192.0.2.1:41641", STUN),
+            ("198.51.100.1:1025", STUN),
+            ("198.51.100.1:41641", STUN_LOCAL_PORT),
+            ("203.0.113.1:9", EXPLICIT),
+            ("10.0.0.2:41641", LOCAL),
+        ];
+        assert_eq!(all, expected.map(|(address, _)| at(address)));
+        assert_eq!(kinds, expected.map(|(_, kind)| kind));
     }
 }
