@@ -1,174 +1,235 @@
-//! How this host is connected to the internet: which relays are near, whether UDP works, what addresses others see.
+//! How this host is connected to the internet: which relays are near, whether UDP works, what addresses others see,
+//! what kind of router is in between.
 //!
-//! All relays are measured at once, by STUN from the sockets that WireGuard uses (so the address seen is the one
-//! peers need) and by HTTPS, which works where UDP is blocked. [`choose_home`] picks the home region from reports
-//! (the NAT dossier, section 13).
+//! All relays are measured at once, by STUN ([`stun`]) and by HTTPS, which works where UDP is blocked.
+//! [`choose_home`] picks the home region from reports, [`Nat`] tells what they mean for paths to peers (the NAT
+//! dossier, section 13).
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+mod home;
+mod portal;
+mod stun;
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use lacis_relay::client::{DialOptions, RelayNode, latency_check};
 use lacis_tunnel::Tunnel;
 use lacis_wire::control::{DerpMap, DerpNode, NetInfo};
 use lacis_wire::local::NetcheckReport;
-use lacis_wire::stun::{self, TxId};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep_until};
 
-/// A probe is sent again after these times; the answer to the first may be lost.
-const STUN_REPEATS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(200), Duration::from_millis(600)];
+use crate::marked;
+use crate::portmap::Found;
+pub(crate) use home::choose_home;
+use stun::Seen;
+pub(crate) use stun::StunProbes;
+
 /// A whole measurement.
 const LIMIT: Duration = Duration::from_secs(3);
 /// Once some region has answered, the others have as long again as the first needed, and at least this.
 const GRACE: Duration = Duration::from_millis(50);
-/// A new home must be better by this much and by a third: moving has a price.
-const BETTER_BY: Duration = Duration::from_millis(10);
+/// Relays that are down do not hold up for longer what peers must know.
+const ENOUGH: Duration = Duration::from_millis(1200);
+/// Nodes of one region that are asked.
+const PER_REGION: usize = 2;
 
-/// STUN requests that wait for their answers, which come through the tunnel's sockets.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct StunProbes(Arc<Mutex<HashMap<TxId, oneshot::Sender<Answer>>>>);
-
-/// The address that the server saw, and when its answer came.
-type Answer = (SocketAddr, Instant);
-
-impl StunProbes {
-    fn expect(&self, id: TxId) -> oneshot::Receiver<Answer> {
-        let (tx, rx) = oneshot::channel();
-        let mut pending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pending.retain(|_, waiting| !waiting.is_closed());
-        pending.insert(id, tx);
-        rx
-    }
-
-    /// A datagram that looks like STUN came in.
-    pub(crate) fn answer(&self, datagram: &[u8]) {
-        let Ok((id, seen)) = stun::parse_response(datagram) else { return };
-        let waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        if let Some(waiting) = waiting {
-            // Nobody waits any more: late answers are of no use.
-            let _ = waiting.send((seen, Instant::now()));
-        }
-    }
+/// How much is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// Which region is near: as fast as can be.
+    Home,
+    /// What peers need to know as well: the addresses others see.
+    Usual,
+    /// Everything. What takes longer or sends more (hairpin, captive portal, the router's protocols) is found out only
+    /// here; [`keep_unmeasured`] carries it over to the reports between.
+    Full,
 }
 
-/// One answer of one relay.
+/// What a measurement is made with.
+pub(crate) struct Means<'a> {
+    pub(crate) map: &'a Arc<DerpMap>,
+    pub(crate) tunnel: &'a Tunnel,
+    pub(crate) probes: &'a StunProbes,
+    pub(crate) dial: &'a DialOptions,
+    /// The present home region, or 0.
+    pub(crate) home: u16,
+    /// What [`crate::portmap::PortMap::probe`] gave, for a full report.
+    pub(crate) router: Option<oneshot::Receiver<Found>>,
+    /// Whoever cannot wait for the report hears of each address as soon as a server has told it.
+    pub(crate) early: Option<mpsc::Sender<SocketAddr>>,
+}
+
+/// One finding.
 #[derive(Debug)]
 enum Measured {
-    Stun { region: u16, seen: SocketAddr, took: Duration },
-    Https { region: u16, took: Duration },
+    CanSend {
+        v6: bool,
+    },
+    Stun {
+        region: u16,
+        seen: Seen,
+    },
+    Https {
+        region: u16,
+        took: Duration,
+    },
+    Hairpin(Option<bool>),
+    Portal(Option<bool>),
+    /// `None`: there is no router, or nobody may ask it.
+    Router(Option<Found>),
 }
 
-/// Measures all regions of the map. Returns as soon as `enough` says so, or after [`LIMIT`].
-pub(crate) async fn measure(
-    map: &DerpMap,
-    tunnel: &Tunnel,
-    probes: &StunProbes,
-    dial: &DialOptions,
-    whole: bool,
-) -> NetcheckReport {
+/// Measures all regions of the map. Returns as soon as it knows what `depth` says, or after [`LIMIT`]: the report, and
+/// the STUN servers that have answered, the nearest first.
+pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, Vec<SocketAddr>) {
+    let Means { map, tunnel, probes, dial, home, router, early } = means;
     let started = Instant::now();
-    let (tx, mut rx) = mpsc::channel(64);
+    let (findings, mut inbox) = mpsc::channel(64);
     let mut tasks = JoinSet::new();
     let regions: Vec<_> = map.regions.iter().filter(|(_, region)| !region.no_measure_no_home).collect();
-    let mut stun_targets = 0;
+    let mut asks_stun = false;
     for (id, region) in &regions {
-        for node in region.nodes.iter().filter(|node| node.stun().is_some()).take(2) {
+        for node in region.nodes.iter().filter(|node| node.stun().is_some()).take(PER_REGION) {
+            asks_stun = true;
             for v6 in [false, true] {
-                stun_targets += 1;
-                tasks.spawn(stun_probe(**id, node.clone(), v6, tunnel.clone(), probes.clone(), tx.clone()));
+                let asking = ask_stun(
+                    **id,
+                    node.clone(),
+                    v6,
+                    tunnel.clone(),
+                    probes.clone(),
+                    dial.fwmark,
+                    findings.clone(),
+                );
+                tasks.spawn(asking);
             }
         }
         if let Some(node) = region.nodes.iter().find(|node| !node.stun_only) {
-            let (id, node, dial, tx) = (**id, RelayNode::from(node), dial.clone(), tx.clone());
+            let (id, node, dial, findings) = (**id, RelayNode::from(node), dial.clone(), findings.clone());
             tasks.spawn(async move {
                 match latency_check(&node, dial).await {
-                    Ok(took) => drop(tx.send(Measured::Https { region: id, took }).await),
+                    Ok(took) => drop(findings.send(Measured::Https { region: id, took }).await),
                     Err(error) => tracing::debug!(region = id, %error, "no answer to the latency check"),
                 }
             });
         }
     }
-    drop(tx);
-    let mut report = NetcheckReport { now: Some(OffsetDateTime::now_utc()), ..NetcheckReport::default() };
-    report.os_has_ipv6 = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
-    let mut seen: Vec<(u16, SocketAddr)> = Vec::new();
-    let mut deadline = started + LIMIT;
-    loop {
-        tokio::select! {
-            measured = rx.recv() => match measured {
-                None => break,
-                Some(Measured::Stun { region, seen: address, took }) => {
-                    report.udp = true;
-                    seen.push((region, address));
-                    add(&mut report, region, took, Some(address));
-                }
-                Some(Measured::Https { region, took }) => add_https(&mut report, region, took),
-            },
-            () = tokio::time::sleep_until(deadline) => break,
-        }
-        let all_known = report.region_latency.len() == regions.len();
-        let udp_known = report.udp || stun_targets == 0;
-        if all_known && (udp_known || !whole) {
-            // Everything that matters is here; stragglers (the other family) have a moment.
-            deadline = deadline.min(Instant::now() + if whole { GRACE * 2 } else { Duration::ZERO });
-        } else if !whole && !report.region_latency.is_empty() {
-            deadline = deadline.min(Instant::now() + started.elapsed().max(GRACE));
+    // Findings of a full report that are still to come.
+    let mut awaited = 0;
+    if depth == Depth::Full {
+        awaited += 1;
+        let (map, fwmark, out) = (Arc::clone(map), dial.fwmark, findings.clone());
+        tasks.spawn(async move {
+            drop(out.send(Measured::Portal(portal::check(&map, home, fwmark).await)).await);
+        });
+        if let Some(router) = router {
+            awaited += 1;
+            let out = findings.clone();
+            tasks.spawn(async move { drop(out.send(Measured::Router(router.await.ok())).await) });
         }
     }
+    // The hairpin waits until an address is known.
+    let mut for_hairpin = (depth == Depth::Full).then_some(findings);
+
+    let mut report = NetcheckReport { now: Some(OffsetDateTime::now_utc()), ..NetcheckReport::default() };
+    report.os_has_ipv6 = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+    let mut answers: Vec<Seen> = Vec::new();
+    let mut deadline = started + LIMIT;
+    loop {
+        let measured = tokio::select! {
+            measured = inbox.recv() => measured,
+            () = sleep_until(deadline) => None,
+        };
+        match measured {
+            None => break,
+            Some(Measured::CanSend { v6: false }) => report.ipv4_can_send = true,
+            Some(Measured::CanSend { v6: true }) => report.ipv6_can_send = true,
+            Some(Measured::Stun { region, seen }) => {
+                answers.push(seen);
+                add_stun(&mut report, region, &seen);
+                if let Some(early) = &early {
+                    // One that is not taken is in the report.
+                    let _ = early.try_send(seen.address);
+                }
+                if let (SocketAddr::V4(outside), Some(out)) = (seen.address, &for_hairpin) {
+                    awaited += 1;
+                    let (fwmark, probes, out) = (dial.fwmark, probes.clone(), out.clone());
+                    tasks.spawn(async move {
+                        let works = stun::hairpin(outside, fwmark, &probes).await;
+                        drop(out.send(Measured::Hairpin(works)).await);
+                    });
+                    for_hairpin = None;
+                }
+            }
+            Some(Measured::Https { region, took }) => add_https(&mut report, region, took),
+            Some(Measured::Hairpin(works)) => {
+                awaited -= 1;
+                report.hair_pinning = works;
+            }
+            Some(Measured::Portal(found)) => {
+                awaited -= 1;
+                report.captive_portal = found;
+            }
+            Some(Measured::Router(found)) => {
+                awaited -= 1;
+                report.upnp = found.map(|found| found.upnp);
+                report.pmp = found.map(|found| found.pmp);
+                report.pcp = found.map(|found| found.pcp);
+            }
+        }
+        let all = report.region_latency.len() == regions.len();
+        let udp_known = report.udp || !asks_stun;
+        let elapsed = started.elapsed();
+        let patience = match depth {
+            Depth::Home if all => Some(Duration::ZERO),
+            Depth::Home if !report.region_latency.is_empty() => Some(elapsed.max(GRACE)),
+            // Everything that matters is here; stragglers (the other family) have a moment.
+            Depth::Usual | Depth::Full if all && udp_known && awaited == 0 => Some(GRACE * 2),
+            Depth::Usual if report.udp => Some(ENOUGH.saturating_sub(elapsed)),
+            _ => None,
+        };
+        deadline = patience.map_or(deadline, |patience| deadline.min(Instant::now() + patience));
+    }
     tasks.abort_all();
-    summarise(&mut report, &seen);
-    report
+    report.mapping_varies_by_dest_ip = varies(&answers);
+    answers.sort_by_key(|seen| seen.took);
+    let mut servers: Vec<_> = answers.iter().map(|seen| seen.server).collect();
+    // One server may have been asked in both families, and more than once.
+    let mut told = HashSet::new();
+    servers.retain(|server| told.insert(*server));
+    (report, servers)
 }
 
-async fn stun_probe(
+/// All addresses of a node's STUN server in one family, at once.
+async fn ask_stun(
     region: u16,
     node: DerpNode,
     v6: bool,
     tunnel: Tunnel,
     probes: StunProbes,
-    tx: mpsc::Sender<Measured>,
+    fwmark: Option<u32>,
+    findings: mpsc::Sender<Measured>,
 ) {
-    let Some(address) = stun_address(&node, v6).await else { return };
-    let (port4, port6) = tunnel.udp_port();
-    if (if v6 { port6 } else { port4 }) == 0 {
-        return;
-    }
-    let mut waits = JoinSet::new();
-    for pause in STUN_REPEATS {
-        let (tunnel, probes) = (tunnel.clone(), probes.clone());
-        waits.spawn(async move {
-            sleep(pause).await;
-            let id = TxId::random();
-            let answer = probes.expect(id);
-            let sent = Instant::now();
-            tunnel.send_udp(address, stun::request(id).to_vec());
-            let (seen, at) = timeout(LIMIT, answer).await.ok()?.ok()?;
-            Some((seen, at - sent))
+    let mut asks = JoinSet::new();
+    for server in stun::addresses(&node, v6).await {
+        if !marked::has_way(server, fwmark) {
+            continue;
+        }
+        // The measurement may be over, here and below.
+        let _ = findings.send(Measured::CanSend { v6 }).await;
+        let (tunnel, probes, findings) = (tunnel.clone(), probes.clone(), findings.clone());
+        asks.spawn(async move {
+            if let Some(seen) = stun::probe(server, &tunnel, &probes).await {
+                let _ = findings.send(Measured::Stun { region, seen }).await;
+            }
         });
     }
-    while let Some(answer) = waits.join_next().await {
-        if let Ok(Some((seen, took))) = answer {
-            // The measurement may be over.
-            let _ = tx.send(Measured::Stun { region, seen, took }).await;
-            return;
-        }
-    }
-}
-
-/// Where a node's STUN server is in one family.
-async fn stun_address(node: &DerpNode, v6: bool) -> Option<SocketAddr> {
-    let port = node.stun()?;
-    let text = if v6 { &node.ipv6 } else { &node.ipv4 };
-    let right = |ip: IpAddr| ip.is_ipv6() == v6;
-    if !text.is_empty() {
-        return text.parse().ok().filter(|ip| right(*ip)).map(|ip| SocketAddr::new(ip, port));
-    }
-    let mut found = tokio::net::lookup_host((node.host_name.as_str(), port)).await.ok()?;
-    found.find(|address| right(address.ip()))
+    asks.join_all().await;
 }
 
 fn nanos(took: Duration) -> u64 {
@@ -180,85 +241,107 @@ fn keep_least(latencies: &mut BTreeMap<u16, u64>, region: u16, took: Duration) {
     *latency = (*latency).min(nanos(took));
 }
 
-fn add(report: &mut NetcheckReport, region: u16, took: Duration, seen: Option<SocketAddr>) {
-    keep_least(&mut report.region_latency, region, took);
-    match seen {
-        Some(SocketAddr::V4(address)) => {
-            keep_least(&mut report.region_v4_latency, region, took);
-            report.ipv4 = true;
-            report.ipv4_can_send = true;
-            if report.global_v4.is_empty() {
-                report.global_v4 = address.to_string();
-            }
-        }
-        Some(SocketAddr::V6(address)) => {
-            keep_least(&mut report.region_v6_latency, region, took);
-            report.ipv6 = true;
-            report.ipv6_can_send = true;
-            if report.global_v6.is_empty() {
-                report.global_v6 = address.to_string();
-            }
-        }
-        None => {}
+fn add_stun(report: &mut NetcheckReport, region: u16, seen: &Seen) {
+    report.udp = true;
+    // HTTPS says how far a region is only where UDP does not.
+    if !report.region_v4_latency.contains_key(&region) && !report.region_v6_latency.contains_key(&region) {
+        report.region_latency.remove(&region);
     }
+    keep_least(&mut report.region_latency, region, seen.took);
+    let (latencies, works, global, counters) = if seen.address.is_ipv4() {
+        report.ipv4_can_send = true;
+        let NetcheckReport { region_v4_latency, ipv4, global_v4, global_v4_counters, .. } = report;
+        (region_v4_latency, ipv4, global_v4, global_v4_counters)
+    } else {
+        report.ipv6_can_send = true;
+        let NetcheckReport { region_v6_latency, ipv6, global_v6, global_v6_counters, .. } = report;
+        (region_v6_latency, ipv6, global_v6, global_v6_counters)
+    };
+    keep_least(latencies, region, seen.took);
+    *works = true;
+    if global.is_empty() {
+        *global = seen.address.to_string();
+    }
+    *counters.entry(seen.address).or_insert(0) += 1;
 }
 
-/// HTTPS says how far a region is only where UDP does not.
 fn add_https(report: &mut NetcheckReport, region: u16, took: Duration) {
     if !report.region_v4_latency.contains_key(&region) && !report.region_v6_latency.contains_key(&region) {
         keep_least(&mut report.region_latency, region, took);
     }
-    report.ipv4_can_send = true;
-}
-
-fn summarise(report: &mut NetcheckReport, seen: &[(u16, SocketAddr)]) {
-    let v4: Vec<_> = seen.iter().filter(|(_, address)| address.is_ipv4()).collect();
-    if let [(first_region, first), rest @ ..] = v4.as_slice() {
-        let differs = rest.iter().any(|(_, address)| address != first);
-        let several = rest.iter().any(|(region, _)| region != first_region);
-        if differs || several {
-            report.mapping_varies_by_dest_ip = Some(differs);
-        }
+    // Which family it was is known only if there is but one.
+    match (report.ipv4_can_send, report.ipv6_can_send) {
+        (true, false) => report.ipv4 = true,
+        (false, true) => report.ipv6 = true,
+        _ => {}
     }
 }
 
-/// The home region after this report: the nearest, unless the present one is hardly worse. `None` when nothing is
-/// known and there is none.
-pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) -> Option<u16> {
-    let score = |region: u16| {
-        map.home_params
-            .as_ref()
-            .and_then(|params| params.region_score.as_ref()?.get(&region).copied())
-            .filter(|score| *score > 0.0)
-            .unwrap_or(1.0)
-    };
-    let usable = |region: &u16| {
-        map.regions.get(region).is_some_and(|region| !region.avoid && !region.no_measure_no_home)
-    };
-    let weighed = |region: u16, latency: u64| latency as f64 * score(region);
-    let best = report
-        .region_latency
-        .iter()
-        .filter(|(region, _)| usable(region))
-        .map(|(region, latency)| (*region, weighed(*region, *latency)))
-        .min_by(|a, b| a.1.total_cmp(&b.1));
-    let still_there = map.regions.contains_key(&present);
-    let Some((best, best_latency)) = best else {
-        // Nothing answers: stay, or try the first there is.
-        let first = map.regions.iter().find(|(id, region)| usable(id) && !region.nodes.is_empty());
-        return if still_there { Some(present) } else { first.map(|(id, _)| *id) };
-    };
-    if !still_there || best == present {
-        return Some(best);
-    }
-    match report.region_latency.get(&present) {
-        Some(latency) => {
-            let present_latency = weighed(present, *latency);
-            let hardly_better = present_latency - best_latency < BETTER_BY.as_nanos() as f64
-                || best_latency > present_latency * 2.0 / 3.0;
-            Some(if hardly_better { present } else { best })
+/// Does the IPv4 address that others see depend on whom one sends to? Unknown while only one server has answered: that
+/// it sees two addresses one after the other says nothing, and that two ports of one host see the same says little.
+fn varies(answers: &[Seen]) -> Option<bool> {
+    let v4: Vec<_> = answers.iter().filter(|seen| seen.address.is_ipv4()).collect();
+    let mut same = None;
+    for (at, one) in v4.iter().enumerate() {
+        for other in &v4[at + 1..] {
+            if one.server != other.server && one.address != other.address {
+                return Some(true);
+            }
+            if one.server.ip() != other.server.ip() {
+                same = Some(false);
+            }
         }
-        None => Some(best),
+    }
+    same
+}
+
+/// Carries what only full reports find out from the last report over to a lesser one.
+pub(crate) fn keep_unmeasured(report: &mut NetcheckReport, last: &NetcheckReport) {
+    for (new, old) in [
+        (&mut report.hair_pinning, last.hair_pinning),
+        (&mut report.upnp, last.upnp),
+        (&mut report.pmp, last.pmp),
+        (&mut report.pcp, last.pcp),
+        (&mut report.captive_portal, last.captive_portal),
+    ] {
+        *new = new.or(old);
+    }
+}
+
+/// How the router's mapping of a port depends on the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    #[default]
+    Unknown,
+    /// One address for all destinations: what a relay sees, peers can use.
+    Independent,
+    /// Another one for each.
+    Varies,
+}
+
+/// What is between this host and the internet, as far as paths to peers are concerned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Nat {
+    /// Others see the very address that this host has.
+    pub(crate) public_v4: bool,
+    pub(crate) public_v6: bool,
+    /// Of IPv4.
+    pub(crate) mapping: Mapping,
+}
+
+impl Nat {
+    /// From a report and this host's own addresses.
+    pub(crate) fn new(report: &NetcheckReport, own: &[IpAddr]) -> Self {
+        let is_own =
+            |seen: &str| seen.parse().is_ok_and(|seen: SocketAddr| own.contains(&seen.ip().to_canonical()));
+        let public_v4 = is_own(&report.global_v4);
+        let mapping = match report.mapping_varies_by_dest_ip {
+            Some(true) => Mapping::Varies,
+            Some(false) => Mapping::Independent,
+            None if public_v4 => Mapping::Independent,
+            None => Mapping::Unknown,
+        };
+        Self { public_v4, public_v6: is_own(&report.global_v6), mapping }
     }
 }
 
@@ -277,74 +360,118 @@ pub(crate) fn net_info(report: &NetcheckReport, home: u16) -> NetInfo {
         os_has_ipv6: Some(report.os_has_ipv6),
         working_udp: Some(report.udp),
         working_icmpv4: None,
+        upnp: report.upnp,
+        pmp: report.pmp,
+        pcp: report.pcp,
         preferred_derp: home,
         derp_latency,
         ..NetInfo::default()
     }
 }
 
-/// The address others see this host's socket at.
+/// The addresses others see this host's sockets at: the first of each family, and whatever several servers agree on.
 pub(crate) fn reflexive(report: &NetcheckReport) -> Vec<SocketAddr> {
-    [&report.global_v4, &report.global_v6].into_iter().filter_map(|text| text.parse().ok()).collect()
+    let first = [&report.global_v4, &report.global_v6].into_iter().filter_map(|text| text.parse().ok());
+    let counted = report.global_v4_counters.iter().chain(&report.global_v6_counters);
+    let agreed = counted.filter(|(_, times)| **times > 1).map(|(address, _)| *address);
+    let mut all: Vec<SocketAddr> = Vec::new();
+    for address in first.chain(agreed) {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    all
 }
 
-/// Is this a private address of the mesh itself, which is no way to reach anybody?
-pub(crate) fn is_mesh_address(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => u32::from(ip) & 0xffc0_0000 == u32::from(Ipv4Addr::new(100, 64, 0, 0)),
-        IpAddr::V6(ip) => ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
+/// The IPv4 address others see, with the port that is configured here (0: none is). Where the mapping varies, somebody
+/// who chose a port may have told the router to forward it.
+pub(crate) fn forwarded(report: &NetcheckReport, configured_port: u16) -> Option<SocketAddr> {
+    if report.mapping_varies_by_dest_ip != Some(true) || configured_port == 0 {
+        return None;
     }
+    let seen: SocketAddr = report.global_v4.parse().ok()?;
+    Some(SocketAddr::new(seen.ip(), configured_port))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacis_wire::control::DerpRegion;
 
-    fn map(ids: &[u16]) -> DerpMap {
-        let region = |id: &u16| {
-            (*id, DerpRegion { region_id: *id, nodes: vec![DerpNode::default()], ..DerpRegion::default() })
+    fn at(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn seen(server: &str, address: &str) -> Seen {
+        Seen { server: at(server), address: at(address), took: Duration::from_millis(20) }
+    }
+
+    #[test]
+    fn a_mapping_varies_when_two_servers_see_different_addresses() {
+        let one = seen("198.51.100.1:3478", "192.0.2.1:1");
+        assert_eq!(varies(&[]), None);
+        assert_eq!(varies(&[one]), None);
+        assert_eq!(varies(&[one, seen("198.51.100.1:3478", "192.0.2.1:2")]), None, "it changed meanwhile");
+        assert_eq!(varies(&[one, seen("198.51.100.1:3479", "192.0.2.1:1")]), None, "the same host");
+        assert_eq!(varies(&[one, seen("198.51.100.1:3479", "192.0.2.1:2")]), Some(true));
+        assert_eq!(varies(&[one, seen("198.51.100.2:3478", "192.0.2.1:1")]), Some(false));
+        assert_eq!(varies(&[one, seen("198.51.100.2:3478", "192.0.2.1:2")]), Some(true));
+        assert_eq!(varies(&[one, seen("[2001:db8::1]:3478", "[2001:db8::7]:1")]), None, "the other family");
+    }
+
+    #[test]
+    fn https_counts_only_where_udp_does_not_answer() {
+        let mut report = NetcheckReport { ipv4_can_send: true, ..NetcheckReport::default() };
+        add_https(&mut report, 1, Duration::from_millis(5));
+        assert_eq!(report.region_latency[&1], 5_000_000);
+        assert!(report.ipv4 && !report.udp);
+        add_stun(&mut report, 1, &seen("198.51.100.1:3478", "192.0.2.1:1"));
+        add_https(&mut report, 1, Duration::from_millis(1));
+        assert_eq!(report.region_latency[&1], 20_000_000);
+        assert!(report.udp);
+    }
+
+    #[test]
+    fn addresses_that_servers_agree_on_are_endpoints() {
+        let mut report = NetcheckReport::default();
+        add_stun(&mut report, 1, &seen("198.51.100.1:3478", "192.0.2.1:1"));
+        add_stun(&mut report, 2, &seen("198.51.100.2:3478", "192.0.2.1:2"));
+        add_stun(&mut report, 2, &seen("[2001:db8::2]:3478", "[2001:db8::7]:1"));
+        assert_eq!(reflexive(&report), [at("192.0.2.1:1"), at("[2001:db8::7]:1")]);
+        add_stun(&mut report, 3, &seen("198.51.100.3:3478", "192.0.2.1:2"));
+        assert_eq!(reflexive(&report), [at("192.0.2.1:1"), at("[2001:db8::7]:1"), at("192.0.2.1:2")]);
+    }
+
+    #[test]
+    fn a_configured_port_may_be_forwarded_where_the_mapping_varies() {
+        let mut report = NetcheckReport { global_v4: "192.0.2.1:1".into(), ..NetcheckReport::default() };
+        assert_eq!(forwarded(&report, 41641), None);
+        report.mapping_varies_by_dest_ip = Some(true);
+        assert_eq!(forwarded(&report, 41641), Some(at("192.0.2.1:41641")));
+        assert_eq!(forwarded(&report, 0), None);
+    }
+
+    #[test]
+    fn the_kind_of_router_follows_from_the_report() {
+        let own: [IpAddr; 2] = ["192.0.2.1".parse().unwrap(), "2001:db8::7".parse().unwrap()];
+        let mut report = NetcheckReport {
+            global_v4: "192.0.2.1:1".into(),
+            global_v6: "[2001:db8::7]:1".into(),
+            ..NetcheckReport::default()
         };
-        DerpMap { regions: ids.iter().map(region).collect(), ..DerpMap::default() }
-    }
-
-    fn report(latencies: &[(u16, u64)]) -> NetcheckReport {
-        let ms = |(region, ms): &(u16, u64)| (*region, ms * 1_000_000);
-        NetcheckReport { region_latency: latencies.iter().map(ms).collect(), ..NetcheckReport::default() }
-    }
-
-    #[test]
-    fn home_is_the_nearest_region() {
-        assert_eq!(choose_home(&report(&[(1, 30), (2, 20)]), &map(&[1, 2]), 0), Some(2));
+        let open = Nat { public_v4: true, public_v6: true, mapping: Mapping::Independent };
+        assert_eq!(Nat::new(&report, &own), open);
+        report.global_v4 = "198.51.100.1:1".into();
+        report.global_v6.clear();
+        assert_eq!(Nat::new(&report, &own), Nat::default());
+        report.mapping_varies_by_dest_ip = Some(true);
+        assert_eq!(Nat::new(&report, &own).mapping, Mapping::Varies);
     }
 
     #[test]
-    fn home_moves_only_for_a_clear_gain() {
-        let map = map(&[1, 2]);
-        assert_eq!(choose_home(&report(&[(1, 30), (2, 22)]), &map, 1), Some(1));
-        assert_eq!(choose_home(&report(&[(1, 90), (2, 70)]), &map, 1), Some(1));
-        assert_eq!(choose_home(&report(&[(1, 90), (2, 30)]), &map, 1), Some(2));
-        assert_eq!(choose_home(&report(&[(2, 30)]), &map, 1), Some(2), "home does not answer");
-    }
-
-    #[test]
-    fn without_any_answer_home_stays_or_is_the_first_there_is() {
-        assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 2), Some(2));
-        assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 9), Some(1));
-        assert_eq!(choose_home(&report(&[]), &map(&[]), 9), None);
-    }
-
-    #[test]
-    fn a_mapping_varies_when_two_relays_see_different_ports() {
-        let at = |port: u16| SocketAddr::from(([192, 0, 2, 1], port));
-        let mut one = NetcheckReport::default();
-        summarise(&mut one, &[(1, at(1))]);
-        assert_eq!(one.mapping_varies_by_dest_ip, None);
-        let mut easy = NetcheckReport::default();
-        summarise(&mut easy, &[(1, at(1)), (2, at(1))]);
-        assert_eq!(easy.mapping_varies_by_dest_ip, Some(false));
-        let mut hard = NetcheckReport::default();
-        summarise(&mut hard, &[(1, at(1)), (2, at(2))]);
-        assert_eq!(hard.mapping_varies_by_dest_ip, Some(true));
+    fn a_lesser_report_forgets_nothing() {
+        let full = NetcheckReport { pcp: Some(true), hair_pinning: Some(false), ..NetcheckReport::default() };
+        let mut usual = NetcheckReport { hair_pinning: Some(true), ..NetcheckReport::default() };
+        keep_unmeasured(&mut usual, &full);
+        assert_eq!((usual.pcp, usual.hair_pinning, usual.upnp), (Some(true), Some(true), None));
     }
 }

@@ -469,6 +469,9 @@ pub struct NetcheckReport {
     /// Unknown with fewer than two answers.
     #[serde(rename = "MappingVariesByDestIP")]
     pub mapping_varies_by_dest_ip: Option<bool>,
+    /// Whether the router turns round what is sent to this host's own public address. Unknown without such a router.
+    pub hair_pinning: Option<bool>,
+    /// These three are unknown while there is no router that may be asked.
     #[serde(rename = "UPnP")]
     pub upnp: Option<bool>,
     #[serde(rename = "PMP")]
@@ -485,10 +488,16 @@ pub struct NetcheckReport {
     pub region_v4_latency: BTreeMap<u16, u64>,
     #[serde(rename = "RegionV6Latency", deserialize_with = "nullable")]
     pub region_v6_latency: BTreeMap<u16, u64>,
+    /// How many servers saw each address.
+    #[serde(rename = "GlobalV4Counters", deserialize_with = "nullable")]
+    pub global_v4_counters: BTreeMap<SocketAddr, u32>,
+    #[serde(rename = "GlobalV6Counters", deserialize_with = "nullable")]
+    pub global_v6_counters: BTreeMap<SocketAddr, u32>,
     #[serde(rename = "GlobalV4", deserialize_with = "nullable")]
     pub global_v4: String,
     #[serde(rename = "GlobalV6", deserialize_with = "nullable")]
     pub global_v6: String,
+    /// Whether somebody answers plain HTTP in the relays' place. Unknown if no relay can tell.
     pub captive_portal: Option<bool>,
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::Method;
-use lacis_wire::local::{self, Netcheck as Answer};
+use lacis_wire::local::{self, Netcheck as Answer, NetcheckReport};
 
 use super::Daemon;
 use crate::{Failure, output};
@@ -46,6 +46,16 @@ fn ms(nanos: u64) -> String {
     format!("{:.1}ms", nanos as f64 / 1e6)
 }
 
+/// The protocols that the router speaks.
+fn port_mapping(report: &NetcheckReport) -> String {
+    let protocols = [("UPnP", report.upnp), ("NAT-PMP", report.pmp), ("PCP", report.pcp)];
+    if protocols.iter().all(|(_, known)| known.is_none()) {
+        return "not checked".to_owned();
+    }
+    let found: Vec<_> = protocols.iter().filter(|(_, is)| *is == Some(true)).map(|(name, _)| *name).collect();
+    found.join(", ")
+}
+
 fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
     let maybe = |known: Option<bool>| known.map_or_else(String::new, |known| known.to_string());
     let address = |works: bool, seen: &str| match (works, seen) {
@@ -69,8 +79,12 @@ fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
         format!("\t* IPv4: {}", address(report.ipv4, &report.global_v4)),
         format!("\t* IPv6: {ipv6}"),
         format!("\t* MappingVariesByDestIP: {}", maybe(report.mapping_varies_by_dest_ip)),
-        "\t* PortMapping: ".to_owned(),
+        format!("\t* HairPinning: {}", maybe(report.hair_pinning)),
+        format!("\t* PortMapping: {}", port_mapping(report)),
     ]);
+    if let Some(captive) = report.captive_portal {
+        lines.push(format!("\t* CaptivePortal: {captive}"));
+    }
     let region = |id: &u16| derp_map.regions.get(id);
     let mut by_latency: Vec<_> = report.region_latency.iter().collect();
     by_latency.sort_by_key(|(_, latency)| **latency);
@@ -99,7 +113,6 @@ fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
 mod tests {
     use super::*;
     use lacis_wire::control::{DerpMap, DerpRegion};
-    use lacis_wire::local::NetcheckReport;
 
     #[test]
     fn scripts_find_the_lines_they_know() {
@@ -115,6 +128,11 @@ mod tests {
                 ipv4: true,
                 global_v4: "192.0.2.1:41641".into(),
                 region_latency: [(900, 1_500_000)].into(),
+                hair_pinning: Some(false),
+                upnp: Some(true),
+                pmp: Some(false),
+                pcp: Some(true),
+                captive_portal: Some(false),
                 ..NetcheckReport::default()
             },
             derp_map: DerpMap { regions: [(900, region)].into(), ..DerpMap::default() },
@@ -123,10 +141,20 @@ mod tests {
         for line in [
             "* UDP: true",
             "* IPv4: yes, 192.0.2.1:41641",
+            "* HairPinning: false",
+            "* PortMapping: UPnP, PCP",
+            "* CaptivePortal: false",
             "* Nearest DERP: At home",
             "- home: 1.5ms   (At home)",
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn what_was_not_asked_is_not_denied() {
+        assert_eq!(port_mapping(&NetcheckReport::default()), "not checked");
+        let none = NetcheckReport { upnp: Some(false), ..NetcheckReport::default() };
+        assert_eq!(port_mapping(&none), "");
     }
 }

@@ -1,0 +1,88 @@
+//! Which region is home: the nearest, with reluctance to move.
+
+use std::time::Duration;
+
+use lacis_wire::control::DerpMap;
+use lacis_wire::local::NetcheckReport;
+
+/// A new home must be better by this much and by a third: moving has a price.
+const BETTER_BY: Duration = Duration::from_millis(10);
+
+/// The home region after this report: the nearest, unless the present one is hardly worse. `None` when nothing is
+/// known and there is none.
+pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) -> Option<u16> {
+    let score = |region: u16| {
+        map.home_params
+            .as_ref()
+            .and_then(|params| params.region_score.as_ref()?.get(&region).copied())
+            .filter(|score| *score > 0.0)
+            .unwrap_or(1.0)
+    };
+    let usable = |region: &u16| {
+        map.regions.get(region).is_some_and(|region| !region.avoid && !region.no_measure_no_home)
+    };
+    let weighed = |region: u16, latency: u64| latency as f64 * score(region);
+    let best = report
+        .region_latency
+        .iter()
+        .filter(|(region, _)| usable(region))
+        .map(|(region, latency)| (*region, weighed(*region, *latency)))
+        .min_by(|a, b| a.1.total_cmp(&b.1));
+    let still_there = map.regions.contains_key(&present);
+    let Some((best, best_latency)) = best else {
+        // Nothing answers: stay, or try the first there is.
+        let first = map.regions.iter().find(|(id, region)| usable(id) && !region.nodes.is_empty());
+        return if still_there { Some(present) } else { first.map(|(id, _)| *id) };
+    };
+    if !still_there || best == present {
+        return Some(best);
+    }
+    match report.region_latency.get(&present) {
+        Some(latency) => {
+            let present_latency = weighed(present, *latency);
+            let hardly_better = present_latency - best_latency < BETTER_BY.as_nanos() as f64
+                || best_latency > present_latency * 2.0 / 3.0;
+            Some(if hardly_better { present } else { best })
+        }
+        None => Some(best),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacis_wire::control::{DerpNode, DerpRegion};
+
+    fn map(ids: &[u16]) -> DerpMap {
+        let region = |id: &u16| {
+            (*id, DerpRegion { region_id: *id, nodes: vec![DerpNode::default()], ..DerpRegion::default() })
+        };
+        DerpMap { regions: ids.iter().map(region).collect(), ..DerpMap::default() }
+    }
+
+    fn report(latencies: &[(u16, u64)]) -> NetcheckReport {
+        let ms = |(region, ms): &(u16, u64)| (*region, ms * 1_000_000);
+        NetcheckReport { region_latency: latencies.iter().map(ms).collect(), ..NetcheckReport::default() }
+    }
+
+    #[test]
+    fn home_is_the_nearest_region() {
+        assert_eq!(choose_home(&report(&[(1, 30), (2, 20)]), &map(&[1, 2]), 0), Some(2));
+    }
+
+    #[test]
+    fn home_moves_only_for_a_clear_gain() {
+        let map = map(&[1, 2]);
+        assert_eq!(choose_home(&report(&[(1, 30), (2, 22)]), &map, 1), Some(1));
+        assert_eq!(choose_home(&report(&[(1, 90), (2, 70)]), &map, 1), Some(1));
+        assert_eq!(choose_home(&report(&[(1, 90), (2, 30)]), &map, 1), Some(2));
+        assert_eq!(choose_home(&report(&[(2, 30)]), &map, 1), Some(2), "home does not answer");
+    }
+
+    #[test]
+    fn without_any_answer_home_stays_or_is_the_first_there_is() {
+        assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 2), Some(2));
+        assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 9), Some(1));
+        assert_eq!(choose_home(&report(&[]), &map(&[]), 9), None);
+    }
+}
