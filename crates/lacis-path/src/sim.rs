@@ -26,17 +26,12 @@ mod world;
 pub use check::{
     DIRECT_WITHIN, Failure, MOST_CHANGES, MOST_IN_A_MINUTE, MOST_SOCKETS, MOST_WHEN_SETTLED, Property, check,
 };
-pub use clock::Agenda;
 pub use flow::{FlowOutcome, MOST_SILENCE, MOST_SILENCE_AFTER_DEATH, Silence};
 pub use generate::generate;
-pub use internet::{Flight, Host, Internet, NoRoute, Stop};
 pub use model::{Expected, Verdict, verdict};
-pub use node::{Counts, key, number};
-pub use packet::{DATA_SIZE, Data, Packet, Payload};
-pub use router::{Depends, Inward, Nat, Ports, Table};
-pub use scenario::{
-    Event, Family, Link, Net, NodeSpec, Place, RouterSpec, SETTLE, Scenario, Udp,
-};
+pub use node::Counts;
+pub use router::{Depends, Nat, Ports};
+pub use scenario::{Event, Family, Link, Net, NodeSpec, Place, RouterSpec, SETTLE, Scenario, Udp};
 pub use shrink::shrink;
 pub use text::NotAScenario;
 pub use world::{run, trace};

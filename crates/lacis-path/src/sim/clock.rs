@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// What is planned.
 #[derive(Debug)]
-pub struct Agenda<E> {
+pub(super) struct Agenda<E> {
     /// When, as the how manieth, and where in `plans`: small, because a heap moves its entries about.
     heap: BinaryHeap<Reverse<(Duration, u64, usize)>>,
     plans: Vec<Option<E>>,
@@ -25,7 +25,7 @@ impl<E> Default for Agenda<E> {
 
 impl<E> Agenda<E> {
     /// Plans something.
-    pub fn at(&mut self, when: Duration, plan: E) {
+    pub(super) fn at(&mut self, when: Duration, plan: E) {
         let slot = if let Some(slot) = self.free.pop() {
             self.plans[slot] = Some(plan);
             slot
@@ -38,14 +38,14 @@ impl<E> Agenda<E> {
     }
 
     /// What comes next, and when.
-    pub fn next(&mut self) -> Option<(Duration, E)> {
+    pub(super) fn pop(&mut self) -> Option<(Duration, E)> {
         let Reverse((when, _, slot)) = self.heap.pop()?;
         self.free.push(slot);
         self.plans[slot].take().map(|plan| (when, plan))
     }
 
     /// How much has been planned so far.
-    pub fn planned(&self) -> u64 {
+    pub(super) fn planned(&self) -> u64 {
         self.planned
     }
 }
@@ -61,7 +61,7 @@ mod tests {
         for (when, what) in [(2 * second, 'c'), (second, 'a'), (2 * second, 'd'), (second, 'b')] {
             agenda.at(when, what);
         }
-        let order: String = std::iter::from_fn(|| agenda.next()).map(|(_, what)| what).collect();
+        let order: String = std::iter::from_fn(|| agenda.pop()).map(|(_, what)| what).collect();
         assert_eq!(order, "abcd");
         assert_eq!(agenda.plans.len(), 4);
         agenda.at(second, 'e');

@@ -114,7 +114,7 @@ impl Flow {
             let since = *self.heard.get_or_insert(now);
             let dead = self.killed.is_some_and(|at| at + MOST_SILENCE_AFTER_DEATH > since);
             let allowed = if dead { MOST_SILENCE_AFTER_DEATH } else { MOST_SILENCE };
-            let lasted = now - since;
+            let lasted = now.saturating_sub(since);
             if lasted > allowed && self.silence.is_none_or(|worst| worst.since == since) {
                 self.silence = Some(Silence { since, allowed, lasted });
             }
@@ -129,7 +129,7 @@ impl Flow {
         self.answered += 1;
         self.directly += u64::from(directly);
         if self.first_answer.is_none() {
-            self.first_answer = self.began.map(|began| now - began);
+            self.first_answer = self.began.map(|began| now.saturating_sub(began));
         }
         self.heard = self.heard.map(|_| now);
     }

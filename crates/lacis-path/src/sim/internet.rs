@@ -20,7 +20,7 @@ const LANS: [u8; 4] = [0, 1, 178, 1];
 
 /// What is attached somewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub(super) enum Stop {
     /// The host of this node.
     Host(usize),
     /// This router's outer side.
@@ -31,18 +31,18 @@ pub enum Stop {
 
 /// A packet on its way.
 #[derive(Debug)]
-pub struct Flight {
+pub(super) struct Flight {
     /// Where it arrives.
-    pub stop: Stop,
+    pub(super) stop: Stop,
     /// What.
-    pub packet: Packet,
+    pub(super) packet: Packet,
 }
 
 /// Addresses and place of a node's host.
 #[derive(Clone, Copy, Debug)]
-pub struct Host {
+pub(super) struct Host {
     /// Its place.
-    pub place: usize,
+    pub(super) place: usize,
     /// By IPv4.
     pub v4: Option<Ipv4Addr>,
     /// By IPv6.
@@ -52,7 +52,7 @@ pub struct Host {
 
 /// A packet cannot even be sent: the host has no route for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoRoute;
+pub(super) struct NoRoute;
 
 #[derive(Debug)]
 struct Router {
@@ -67,7 +67,7 @@ struct Router {
 
 /// All of it.
 #[derive(Debug)]
-pub struct Internet {
+pub(super) struct Internet {
     routers: Vec<Router>,
     hosts: Vec<Host>,
     places: Vec<(Net, Link, bool, bool)>,
@@ -81,7 +81,7 @@ pub struct Internet {
 
 impl Internet {
     /// As the scenario has it at its beginning.
-    pub fn new(scenario: &Scenario) -> Self {
+    pub(super) fn new(scenario: &Scenario) -> Self {
         let routers = scenario.routers.iter().enumerate().map(|(number, spec)| Router {
             outside: spec.outside,
             address: match spec.outside {
@@ -119,51 +119,51 @@ impl Internet {
     }
 
     /// The STUN servers: two by IPv4, one by IPv6.
-    pub fn servers(&self) -> &[SocketAddr] {
+    pub(super) fn servers(&self) -> &[SocketAddr] {
         &self.servers
     }
 
     /// A node's host.
-    pub fn host(&self, node: usize) -> Host {
+    pub(super) fn host(&self, node: usize) -> Host {
         self.hosts[node]
     }
 
     /// How long the way from a node to the middle of the internet takes.
-    pub fn delay(&self, node: usize) -> Duration {
+    pub(super) fn delay(&self, node: usize) -> Duration {
         Duration::from_millis(self.edge_link(Stop::Host(node)).delay.into())
     }
 
     /// A node goes to another place and gets addresses there.
-    pub fn move_host(&mut self, node: usize, place: usize) {
+    pub(super) fn move_host(&mut self, node: usize, place: usize) {
         (self.hosts[node].v4, self.hosts[node].v6) = (None, None);
         self.hosts[node] = self.settle(place);
     }
 
     /// A router forgets everything.
-    pub fn reboot(&mut self, router: usize) {
+    pub(super) fn reboot(&mut self, router: usize) {
         self.routers[router].v4.reboot();
         self.routers[router].v6.reboot();
     }
 
     /// A router gets an address that nobody had before.
-    pub fn renumber(&mut self, router: usize) {
+    pub(super) fn renumber(&mut self, router: usize) {
         self.reboot(router);
         self.renumbered += 1;
         self.routers[router].address = Ipv4Addr::new(198, 51, 100, 100 + self.renumbered);
     }
 
     /// A router lets no UDP through any more.
-    pub fn block(&mut self, router: usize) {
+    pub(super) fn block(&mut self, router: usize) {
         self.routers[router].udp = Udp::BlockedOut;
     }
 
     /// Between two nodes nothing passes any more.
-    pub fn break_path(&mut self, a: usize, b: usize, family: Family) {
+    pub(super) fn break_path(&mut self, a: usize, b: usize, family: Family) {
         self.broken.push((a, b, family));
     }
 
     /// Whether packets between two nodes get lost for good.
-    pub fn is_broken(&self, a: usize, b: usize, v6: bool) -> bool {
+    pub(super) fn is_broken(&self, a: usize, b: usize, v6: bool) -> bool {
         self.broken.iter().any(|&(x, y, family)| {
             ((x, y) == (a, b) || (y, x) == (a, b)) && (family == Family::Both || (family == Family::V6) == v6)
         })
@@ -192,7 +192,7 @@ impl Internet {
     }
 
     /// Sends a packet from a node's host. Whatever gets as far as the middle is put into `out` with its delay.
-    pub fn send(
+    pub(super) fn send(
         &mut self,
         now: Duration,
         from: usize,
@@ -243,7 +243,7 @@ impl Internet {
     }
 
     /// Sends a server's answer.
-    pub fn send_from_server(
+    pub(super) fn send_from_server(
         &mut self,
         server: usize,
         packet: Packet,
@@ -256,7 +256,7 @@ impl Internet {
     }
 
     /// A packet arrives: through the routers of the site, to a host or a server.
-    pub fn land(&mut self, now: Duration, flight: Flight) -> Option<(Stop, Packet)> {
+    pub(super) fn land(&mut self, now: Duration, flight: Flight) -> Option<(Stop, Packet)> {
         let Flight { mut stop, mut packet } = flight;
         if packet.dst.is_ipv6()
             && let Stop::Host(node) = stop

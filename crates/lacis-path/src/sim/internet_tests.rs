@@ -140,10 +140,9 @@ fn a_source_port_below_1024_passes_two_symmetric_routers() {
 
 #[test]
 fn the_outer_address_leads_back_inside_only_by_hairpin() {
-    for (hairpin, filtering) in
-        [(false, super::super::router::Depends::Nothing), (true, super::super::router::Depends::Nothing)]
-    {
-        let nat = Nat { hairpin, filtering, ..Nat::CONE };
+    for hairpin in [false, true] {
+        let filtering = super::super::router::Depends::Nothing;
+        let nat = Nat { filtering, hairpin, ..Nat::CONE };
         let mut scenario = two_sites(&[nat], &[]);
         scenario.nodes[1].place = 0;
         let mut lab = Lab(Internet::new(&scenario), Rng::with_seed(3));

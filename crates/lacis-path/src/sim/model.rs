@@ -126,7 +126,7 @@ impl Side {
                 Depends::Nothing => nat.ports == Ports::Keep,
                 Depends::Address | Depends::Port => nat.ports == Ports::Linux,
             });
-        let block = match nats().last() {
+        let block = match nats().next_back() {
             Some(nat) => nat.mapping == Depends::Port && matches!(nat.ports, Ports::Block(..)),
             None => false,
         };

@@ -20,12 +20,12 @@ pub(super) const MEASURE_STEPS: [u64; 6] = [0, 150, 450, 1000, 2000, 3000];
 const STRAGGLERS: Duration = Duration::from_millis(800);
 
 /// Key of a node, by its number.
-pub fn key(node: usize) -> NodeKey {
+pub(super) fn key(node: usize) -> NodeKey {
     NodeKey::from_bytes([node as u8 + 1; 32])
 }
 
 /// The number of a node, by its key.
-pub fn number(key: &NodeKey) -> usize {
+pub(super) fn number(key: &NodeKey) -> usize {
     usize::from(key.as_bytes()[0]) - 1
 }
 

@@ -9,26 +9,26 @@ use lacis_wire::disco::{MIN_PING_LEN, Message, TAG_LEN, TxId, WRAPPER_LEN};
 /// Bytes of IPv4 and UDP headers; IPv6 has 20 more.
 const HEADERS: usize = 28;
 /// A full WireGuard packet (of a tunnel whose MTU is 1280) with its IPv4 and UDP headers.
-pub const DATA_SIZE: usize = 1340;
+pub(super) const DATA_SIZE: usize = 1340;
 /// How much larger the same packet is by IPv6.
-pub const V6_MORE: usize = 20;
+pub(super) const V6_MORE: usize = 20;
 
 /// One UDP datagram on its way.
 #[derive(Clone, Debug)]
-pub struct Packet {
+pub(super) struct Packet {
     /// From where; NAT changes it.
-    pub src: SocketAddr,
+    pub(super) src: SocketAddr,
     /// To where.
-    pub dst: SocketAddr,
+    pub(super) dst: SocketAddr,
     /// Hops left.
-    pub ttl: u8,
+    pub(super) ttl: u8,
     /// What it carries.
-    pub payload: Payload,
+    pub(super) payload: Payload,
 }
 
 impl Packet {
     /// Bytes of the whole IP packet.
-    pub fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         let inner = match &self.payload {
             Payload::Disco { message, .. } => match message {
                 Message::Ping { padding, .. } => MIN_PING_LEN + padding,
@@ -46,7 +46,7 @@ impl Packet {
 
 /// What a datagram carries.
 #[derive(Clone, Debug)]
-pub enum Payload {
+pub(super) enum Payload {
     /// A disco message; nodes are numbers.
     Disco {
         /// Who sealed it.
@@ -74,11 +74,11 @@ pub enum Payload {
 
 /// A user's packet, or its answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Data {
+pub(super) struct Data {
     /// Which conversation.
-    pub flow: usize,
+    pub(super) flow: usize,
     /// The how manieth.
-    pub number: u64,
+    pub(super) number: u64,
     /// From its second to its first node.
-    pub answer: bool,
+    pub(super) answer: bool,
 }

@@ -89,7 +89,7 @@ impl Nat {
 
 /// Where a packet from outside goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inward {
+pub(super) enum Inward {
     /// To this inner address.
     To(SocketAddr),
     /// To the router itself, which has nothing to say to it.
@@ -118,7 +118,7 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<Quick>>;
 
 /// A router's memory.
 #[derive(Debug)]
-pub struct Table {
+pub(super) struct Table {
     nat: Nat,
     /// By inner and remote address.
     flows: Map<(SocketAddr, SocketAddr), Flow>,
@@ -133,7 +133,7 @@ pub struct Table {
 
 impl Table {
     /// With nothing in it.
-    pub fn new(nat: Nat) -> Self {
+    pub(super) fn new(nat: Nat) -> Self {
         Self {
             nat,
             flows: Map::default(),
@@ -145,17 +145,17 @@ impl Table {
     }
 
     /// How it treats UDP.
-    pub fn nat(&self) -> Nat {
+    pub(super) fn nat(&self) -> Nat {
         self.nat
     }
 
     /// Forgets everything.
-    pub fn reboot(&mut self) {
+    pub(super) fn reboot(&mut self) {
         *self = Self { counted: self.counted, ..Self::new(self.nat) };
     }
 
     /// A packet leaves: the port that the remote sees, or `None` if it is dropped.
-    pub fn outward(
+    pub(super) fn outward(
         &mut self,
         now: Duration,
         inner: SocketAddr,
@@ -183,7 +183,7 @@ impl Table {
     }
 
     /// A packet comes to the outer address.
-    pub fn inward(&mut self, now: Duration, remote: SocketAddr, port: u16) -> Inward {
+    pub(super) fn inward(&mut self, now: Duration, remote: SocketAddr, port: u16) -> Inward {
         let mut itself = false;
         match self.owners.get_mut(&(port, remote)) {
             Some(Owner::Inner(inner)) => {
@@ -214,7 +214,7 @@ impl Table {
     }
 
     /// The same without translation, for IPv6: a packet leaves.
-    pub fn pass_outward(&mut self, now: Duration, inner: SocketAddr, remote: SocketAddr) {
+    pub(super) fn pass_outward(&mut self, now: Duration, inner: SocketAddr, remote: SocketAddr) {
         let lifetime = self.nat.lifetime;
         let known = self.flows.get_mut(&(inner, remote)).filter(|flow| flow.until > now);
         if let Some(flow) = known {
@@ -225,7 +225,7 @@ impl Table {
     }
 
     /// And one comes: whether it is part of a flow that began inside.
-    pub fn pass_inward(&mut self, now: Duration, inner: SocketAddr, remote: SocketAddr) -> bool {
+    pub(super) fn pass_inward(&mut self, now: Duration, inner: SocketAddr, remote: SocketAddr) -> bool {
         let known = self.flows.get_mut(&(inner, remote)).filter(|flow| flow.until > now);
         known.map(|flow| flow.touch(now, false, self.nat.lifetime)).is_some()
     }
