@@ -141,12 +141,12 @@ def path(name, other, direct):
 
 
 def probes(name, other):
-    """How many datagrams a client says it sent to find a path, if it says that."""
+    """How many probe packets a search has cost, if the client says so."""
     if client(name) != LACIS:
         return None
-    status, said = HOSTS[name].execute(f"lacis ping --why --json {addresses[other]} 2>&1", timeout=10)
+    status, said = HOSTS[name].execute(f"lacis ping --why --json {addresses[other]}", timeout=10)
     try:
-        return json.loads(said).get("ProbesSent") if status == 0 else None
+        return json.loads(said)["Probes"] if status == 0 else None
     except json.JSONDecodeError:
         return None
 

@@ -71,7 +71,7 @@ struct Measured {
     ping_before: Option<f64>,
     /// Round trip on the direct path.
     ping_after: Option<f64>,
-    /// Datagrams that both sides sent to find the path.
+    /// Packets that both sides spent on searches of ports.
     probes: Option<f64>,
     /// What is not as it should be, in words.
     wrong: Vec<String>,
