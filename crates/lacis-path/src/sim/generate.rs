@@ -10,7 +10,10 @@ const USUAL_PORT: u16 = 41641;
 
 /// The network of this seed.
 pub fn generate(seed: u64) -> Scenario {
-    let mut make = Make { rng: Rng::with_seed(seed), routers: Vec::new(), places: Vec::new() };
+    let mut make = Make { rng: Rng::with_seed(seed), routers: Vec::new(), places: Vec::new(), usual: None };
+    if make.one_in(6) {
+        make.usual = Some(make.choose(&[Nat::SYMMETRIC, Nat::SYMMETRIC, Nat::OPEN_INPUT, Nat::RESTRICTED]));
+    }
     let count = if make.one_in(8) { 3 } else { 2 };
     let mut nodes = Vec::new();
     for _ in 0..count {
@@ -41,6 +44,8 @@ struct Make {
     rng: Rng,
     routers: Vec<RouterSpec>,
     places: Vec<Place>,
+    /// What most routers of this network are: pairs of the same kind would be rare.
+    usual: Option<Nat>,
 }
 
 impl Make {
@@ -75,6 +80,11 @@ impl Make {
         let first = self.choose(&[20000, 40000]);
         let span = self.choose(&[255, 999]);
         let block = Ports::Block(first, first + span);
+        if let Some(usual) = self.usual
+            && !self.one_in(4)
+        {
+            return usual;
+        }
         let mut nat = match self.rng.u32(..20) {
             0..6 => Nat::CONE,
             6..9 => Nat::OPEN_INPUT,

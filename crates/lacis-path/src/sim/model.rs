@@ -232,6 +232,9 @@ fn by_nat(one: &Side, other: &Side) -> Expected {
             must("cone-cone, open input")
         }
         (true, true) if one.linux && other.linux && one.searches && other.searches => {
+            if one.routers.len().max(other.routers.len()) > 1 {
+                return may("symmetric-symmetric, both Linux, several routers");
+            }
             may("symmetric-symmetric, both Linux")
         }
         (true, true) if one.filtering < Depends::Port || other.filtering < Depends::Port => {
@@ -264,11 +267,10 @@ fn one_varies(varying: &Side, fixed: &Side) -> Expected {
     if varying.most_flows.min(fixed.most_flows) < SEARCH_FLOWS {
         return may("symmetric to cone, few flows");
     }
-    if varying.predictable && varying.routers.len().max(fixed.routers.len()) == 1 {
-        return must("symmetric to cone, predictable");
+    match (varying.predictable, varying.routers.len().max(fixed.routers.len()) == 1) {
+        (true, true) => must("symmetric to cone, predictable"),
+        (true, false) => may("symmetric to cone, predictable, several routers"),
+        (false, true) => may("symmetric to cone"),
+        (false, false) => may("symmetric to cone, several routers"),
     }
-    if varying.predictable {
-        return may("symmetric to cone, predictable, several routers");
-    }
-    may("symmetric to cone")
 }
