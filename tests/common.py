@@ -22,6 +22,35 @@ def wait_for(fact, what, timeout=15):
         raise AssertionError(f"{what}: {error}") from error
 
 
+def join(hub, url, *clients):
+    """Makes a user of the coordinator on `hub`, and these clients nodes of it that know each other."""
+    hub.wait_for_unit("lacis-coordinator.service", timeout=30)
+    hub.succeed("lacis admin users create family")
+    for machine in clients:
+        key = json.loads(hub.succeed("lacis admin keys create --user family --json"))["key"]
+        machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
+        machine.wait_for_unit("lacisd.service", timeout=30)
+        machine.succeed(f"lacis up --login-server={url} --auth-key=file:/tmp/auth-key --timeout=20s", timeout=30)
+    for machine in clients:
+        wait_for(lambda: len(peers(machine)) == len(clients) - 1, f"{machine.name} knows the others")
+
+
+def address(machine, device="eth0"):
+    """Its IPv4 address on a device."""
+    said = machine.succeed(f"ip -4 -brief address show dev {device} scope global")
+    return said.split()[2].split("/")[0]
+
+
+def way(machine, name):
+    """Where a client sends packets for a peer; nothing when that is not one address alone: by relay, or in doubt."""
+    return peers(machine)[name]["CurAddr"]
+
+
+def clock(machine):
+    """Seconds by the machine's own clock."""
+    return float(machine.succeed("date +%s.%N"))
+
+
 def copy(source, target, address, port=7000):
     """Sends two megabytes by TCP and compares checksums."""
     receive = f"import socket; c = socket.create_server(('', {port})).accept()[0]; "

@@ -1,9 +1,6 @@
 """Alice and bob talk through a relay that restarts, then loses power, while a TCP connection is open."""
 
-import json
-
 URL = "https://mesh.example.org"
-CLIENTS = {"alice": alice, "bob": bob}
 
 # Answers each line with itself, over one connection.
 ECHO = """
@@ -35,17 +32,13 @@ print(f"{number} lines, the longest wait {longest:.1f} s")
 start_all()
 
 with subtest("coordinator and relay are up, both clients join"):
-    hub.wait_for_unit("lacis-coordinator.service", timeout=30)
     relay.wait_for_unit("lacis-relay.service", timeout=30)
-    hub.succeed("lacis admin users create family")
-    for machine in CLIENTS.values():
-        key = json.loads(hub.succeed("lacis admin keys create --user family --json"))["key"]
-        machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
-        machine.wait_for_unit("lacisd.service", timeout=30)
-        machine.succeed(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=20s", timeout=30)
+    join(hub, URL, alice, bob)
 
 with subtest("they talk through the relay"):
     alice.wait_until_succeeds("ping -c 1 -W 1 bob", timeout=15)
+    said = alice.succeed("lacis ping --until-direct=false -c 2 bob", timeout=20)
+    assert said.count("via DERP(rly)") == 2, said
     bob.succeed(f"cat > /tmp/echo.py <<'END'\n{ECHO}\nEND")
     alice.succeed(f"cat > /tmp/talk.py <<'END'\n{TALK}\nEND")
     bob.succeed("python3 /tmp/echo.py > /tmp/echo.log 2>&1 &")
