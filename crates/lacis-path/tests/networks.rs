@@ -227,7 +227,7 @@ impl Results {
             "{:55} {:>7} {:>7} {:>9} {:>9}",
             "pair (by the reference model)", "flows", "direct", "median", "p95"
         );
-        let (mut must, mut direct) = (0, 0);
+        let (mut must, mut met, mut total, mut direct) = (0, 0, 0, 0);
         for ((verdict, why), row) in self.flows.iter_mut().rev() {
             row.times.sort_unstable();
             let part = |percent: usize| match row.times.get(row.times.len() * percent / 100) {
@@ -236,8 +236,12 @@ impl Results {
             };
             let name = format!("{verdict:?}: {why}");
             println!("{name:55} {:>7} {:>7} {:>9} {:>9}", row.flows, row.direct, part(50), part(95));
+            total += row.flows;
             direct += row.direct;
-            must += if *verdict == Verdict::Must { row.flows } else { 0 };
+            if *verdict == Verdict::Must {
+                must += row.flows;
+                met += row.direct;
+            }
         }
         for (when, packets) in ["any minute", "the last minute"].iter().zip(&mut self.packets) {
             packets.sort_unstable();
@@ -283,11 +287,14 @@ impl Results {
             println!("\nseed {} fails, and so does (--one '…')\n  {small}", scenario.seed);
             println!("  {}", failure.map(|failure| failure.to_string()).unwrap_or_default());
         }
+        let kinds: Vec<_> = kinds.iter().map(|(property, count)| format!("{property} {count}")).collect();
         println!(
-            "{} networks: {} exchanged data, {direct} of the flows were direct ({must} had to be), {} failed {kinds:?}; {:.0} s",
+            "{} networks: {} exchanged data; {met} pairs are direct of {must} that must be, {direct} of {total} in all; \
+             {} failed {}; {:.0} s",
             self.networks,
             self.exchanged,
             self.failed,
+            kinds.join(", "),
             took.as_secs_f64()
         );
         if self.failed == 0 && rates_hold { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -147,3 +147,64 @@ fn is_lossless(scenario: &Scenario) -> bool {
     let places = scenario.places.iter().filter(|place| place.net == Net::Core).map(|place| place.link);
     places.chain(scenario.routers.iter().map(|router| router.link)).all(|link| link.loss == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::scenario::two_sites;
+    use super::super::{Counts, run};
+    use super::*;
+    use std::time::Instant;
+
+    /// Two open hosts, and what became of them.
+    fn played() -> (Scenario, Outcome) {
+        let mut scenario = two_sites(&[], &[]);
+        scenario.flows.push((0, 1, 500));
+        let outcome = run(&scenario, Instant::now());
+        (scenario, outcome)
+    }
+
+    fn fails(scenario: &Scenario, outcome: &Outcome) -> Vec<Property> {
+        check(scenario, outcome).into_iter().map(|failure| failure.property).collect()
+    }
+
+    #[test]
+    fn two_open_hosts_have_nothing_to_complain_of() {
+        let (scenario, outcome) = played();
+        assert_eq!(check(&scenario, &outcome), []);
+        assert!(outcome.flows[0].directly > 0);
+    }
+
+    #[test]
+    fn each_property_is_watched() {
+        let (scenario, good) = played();
+        let bad = |change: &dyn Fn(&mut Outcome)| {
+            let mut outcome = good.clone();
+            change(&mut outcome);
+            fails(&scenario, &outcome)
+        };
+        let second = Duration::from_secs(1);
+        let silence = super::super::Silence { since: second, allowed: 3 * second, lasted: 4 * second };
+        assert_eq!(bad(&|it| it.flows[0].silence = Some(silence)), [Property::Flows]);
+        assert_eq!(bad(&|it| it.flows[0].direct_since = None), [Property::Direct]);
+        assert_eq!(bad(&|it| it.flows[0].direct_since = Some(16 * second)), [Property::Direct]);
+        assert_eq!(bad(&|it| it.flows[0].pinged = Some(false)), [Property::Ping]);
+        assert_eq!(bad(&|it| it.nodes[0].sockets = MOST_SOCKETS + 1), [Property::Sockets]);
+        assert_eq!(bad(&|it| it.nodes[0].control[3] = 2501), [Property::Budget]);
+        assert_eq!(bad(&|it| it.nodes[1].control[70] += 240), [Property::Budget]);
+        assert_eq!(bad(&|it| it.nodes[1].changes.extend([(60 * second, 0); 3])), [Property::Settles]);
+        assert_eq!(bad(&|it| it.faults.push("panic".to_owned())), [Property::Sane]);
+        let mut impossible = scenario.clone();
+        impossible.places[0].link.mtu = 1300;
+        assert!(fails(&impossible, &good).contains(&Property::Possible));
+    }
+
+    #[test]
+    fn the_busiest_minute_is_found() {
+        let mut control = vec![0; 200];
+        (control[10], control[60], control[69], control[120]) = (5, 1, 7, 9);
+        let counts = Counts { control, ..Counts::default() };
+        assert_eq!(counts.most_in_a_minute(), 16);
+        assert_eq!(counts.sent(60, 70), 8);
+        assert_eq!(counts.sent(190, 500), 0);
+    }
+}

@@ -274,3 +274,57 @@ fn one_varies(varying: &Side, fixed: &Side) -> Expected {
         (false, false) => may("symmetric to cone, several routers"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::router::Nat;
+    use super::super::scenario::two_sites;
+    use super::*;
+
+    fn by_v4_alone(a: &[Nat], b: &[Nat]) -> Scenario {
+        let mut scenario = two_sites(a, b);
+        scenario.places.iter_mut().for_each(|place| place.v6 = false);
+        scenario
+    }
+
+    #[test]
+    fn pairs_are_judged_as_in_the_table() {
+        use Verdict::{May, Must};
+        let kinds: [&[Nat]; 5] = [&[], &[Nat::FULL], &[Nat::RESTRICTED], &[Nat::CONE], &[Nat::SYMMETRIC]];
+        let random = Nat { ports: Ports::Random, ..Nat::SYMMETRIC };
+        for (a, one) in kinds.iter().enumerate() {
+            for (b, other) in kinds.iter().enumerate() {
+                let expected = if (a, b) == (4, 4) { May } else { Must };
+                assert_eq!(verdict(&by_v4_alone(one, other), 0, 1).verdict, expected, "{one:?} {other:?}");
+            }
+            let expected = if a > 2 { May } else { Must };
+            assert_eq!(
+                verdict(&by_v4_alone(one, &[random]), 0, 1).verdict,
+                expected,
+                "{one:?}, random ports"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_blocked_too_small_or_without_common_family_cannot_be_direct() {
+        let mut blocked = by_v4_alone(&[Nat::FULL], &[]);
+        blocked.events.push((5000, Event::BlockUdp(0)));
+        let mut small = by_v4_alone(&[], &[]);
+        small.places[1].link.mtu = 1339;
+        let mut strangers = two_sites(&[], &[]);
+        strangers.places[0].v4 = false;
+        strangers.places[1].v6 = false;
+        for scenario in [blocked, small, strangers] {
+            assert_eq!(verdict(&scenario, 0, 1).verdict, Verdict::Cannot, "{scenario}");
+        }
+    }
+
+    #[test]
+    fn one_lan_is_enough_whatever_is_in_front_of_it() {
+        let mut scenario = by_v4_alone(&[Nat::SYMMETRIC], &[]);
+        scenario.events.push((5000, Event::Move { node: 1, place: 0 }));
+        scenario.events.push((9000, Event::BlockUdp(0)));
+        assert_eq!(verdict(&scenario, 0, 1), must("same LAN"));
+    }
+}

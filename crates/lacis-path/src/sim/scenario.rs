@@ -204,3 +204,51 @@ impl Scenario {
         way
     }
 }
+
+/// Node 0 behind `a`, node 1 behind `b`; the first of each list is the outermost router.
+#[cfg(test)]
+pub(super) fn two_sites(a: &[Nat], b: &[Nat]) -> Scenario {
+    let mut scenario = Scenario {
+        seed: 1,
+        core_hops: 1,
+        routers: Vec::new(),
+        places: Vec::new(),
+        nodes: Vec::new(),
+        flows: Vec::new(),
+        events: Vec::new(),
+        relay_delay: 10,
+        coordinator_delay: 50,
+    };
+    let router = |outside, nat| RouterSpec {
+        outside,
+        nat,
+        v6_firewall: true,
+        udp: Udp::Passes,
+        link: Link::GOOD,
+        lan: 0,
+    };
+    // Routers on the internet come first, so that their addresses are known.
+    let outer = [a, b].map(|site| site.first().copied());
+    let mut nets = [Net::Core; 2];
+    for (net, nat) in nets.iter_mut().zip(outer) {
+        if let Some(nat) = nat {
+            *net = Net::Inside(scenario.routers.len());
+            scenario.routers.push(router(Net::Core, nat));
+        }
+    }
+    for (site, mut net) in [a, b].into_iter().zip(nets) {
+        for nat in site.iter().skip(1) {
+            scenario.routers.push(router(net, *nat));
+            net = Net::Inside(scenario.routers.len() - 1);
+        }
+        scenario.nodes.push(NodeSpec {
+            place: scenario.places.len(),
+            port: 41641,
+            low_ports: true,
+            searches: true,
+            stock: false,
+        });
+        scenario.places.push(Place { net, v4: true, v6: true, link: Link::GOOD });
+    }
+    scenario
+}
