@@ -1,10 +1,11 @@
 """The coordinator stops: traffic, names and even a restarted client live on what it has told before."""
 
-import json
+import time
 
 URL = "https://mesh.example.org"
 DOMAIN = "lab.example.org"
-CLIENTS = {"alice": alice, "bob": bob}
+# Alice and bob are connected by the relay, carol and dave directly.
+CLIENTS = {"alice": alice, "bob": bob, "carol": carol, "dave": dave}
 
 
 def talk():
@@ -14,19 +15,21 @@ def talk():
     assert alice.succeed(f"dig +short @100.100.100.100 bob.{DOMAIN}").split() == [addresses["bob"]]
 
 
+def talk_directly():
+    """The same for those who need no relay: nothing is lost."""
+    for here, there in (("carol", "dave"), ("dave", "carol")):
+        CLIENTS[here].succeed(f"ping -c 10 -i 0.1 -W 2 {there} | grep ' 0% packet loss'", timeout=20)
+        assert way(CLIENTS[here], there), f"{there} is not reached directly by {here}"
+        said = CLIENTS[here].succeed(f"dig +short @100.100.100.100 {there}.{DOMAIN}")
+        assert said.split() == [addresses[there]], said
+
+
 start_all()
 
-with subtest("coordinator and relay are up, both clients join"):
-    hub.wait_for_unit("lacis-coordinator.service", timeout=30)
+with subtest("coordinator and relay are up, all clients join"):
     relay.wait_for_unit("lacis-relay.service", timeout=30)
-    hub.succeed("lacis admin users create family")
-    addresses = {}
-    for name, machine in CLIENTS.items():
-        key = json.loads(hub.succeed("lacis admin keys create --user family --json"))["key"]
-        machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
-        machine.wait_for_unit("lacisd.service", timeout=30)
-        machine.succeed(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=20s", timeout=30)
-        addresses[name] = machine.succeed("lacis ip -4").strip()
+    join(hub, URL, *CLIENTS.values())
+    addresses = {name: machine.succeed("lacis ip -4").strip() for name, machine in CLIENTS.items()}
     alice.wait_until_succeeds("ping -c 1 -W 1 bob", timeout=15)
     talk()
 
@@ -53,11 +56,31 @@ with subtest("so does a machine that reboots"):
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=30)
     talk()
 
-with subtest("the coordinator is back: both hear of changes"):
+with subtest("the relay stops too: direct peers go on talking"):
+    for here, there in (("carol", "dave"), ("dave", "carol")):
+        CLIENTS[here].succeed(f"lacis ping {there}", timeout=30)
+    relay.systemctl("stop lacis-relay.service")
+    for _ in range(2):
+        talk_directly()
+        carol.succeed("sleep 2")
+
+with subtest("one of them restarts now, and is direct from its cache"):
+    known = way(dave, "carol")
+    carol.systemctl("restart lacisd.service")
+    carol.wait_for_unit("lacisd.service", timeout=30)
+    began = time.monotonic()
+    carol.wait_until_succeeds(f"ping -c 1 -W 1 {addresses['dave']}", timeout=15)
+    log.info(f"      dave answers {time.monotonic() - began:.1f} s after carol's restart")
+    assert carol.succeed("lacis ip -4").strip() == addresses["carol"]
+    talk_directly()
+    assert way(dave, "carol") == known, "carol has another port than before"
+
+with subtest("both are back: all hear of changes"):
+    relay.systemctl("start lacis-relay.service")
     hub.systemctl("start lacis-coordinator.service")
     hub.wait_for_unit("lacis-coordinator.service", timeout=30)
     hub.succeed("lacis admin nodes rename bob robert")
     alice.wait_until_succeeds("lacis status | grep -w robert", timeout=60)
     hub.succeed("lacis admin nodes rename alice alicia")
     bob.wait_until_succeeds("lacis status | grep -w alicia", timeout=60)
-    hub.wait_until_succeeds("test $(lacis admin nodes list --json | grep -c '\"online\": *true') = 2", timeout=60)
+    hub.wait_until_succeeds("test $(lacis admin nodes list --json | grep -c '\"online\": *true') = 4", timeout=60)
