@@ -153,6 +153,24 @@ fn linux_draws_low_ports_for_low_ports_and_the_first_thousand_twice() {
 }
 
 #[test]
+fn a_search_finds_ports_as_often_as_was_measured() {
+    // Openings, probes, hits of a hundred; natlab.md, "Searching ports against a symmetric NAT".
+    for (openings, probes, percent) in [(64, 500, 38), (128, 250, 42), (256, 250, 65), (256, 744, 98)] {
+        let mut hits = 0;
+        for seed in 0..400 {
+            let mut lab = Lab(Table::new(Nat::SYMMETRIC), Rng::with_seed(seed));
+            for n in 0..openings {
+                lab.out(0.0, &format!("192.168.1.2:{}", 30000 + n), PEER);
+            }
+            let mut ports: Vec<u16> = (1024..=u16::MAX).collect();
+            lab.1.shuffle(&mut ports);
+            hits += u32::from(ports[..probes].iter().any(|port| lab.comes_in(0.1, PEER, *port)));
+        }
+        assert!((hits / 4).abs_diff(percent) <= 8, "{openings} openings, {probes} probes: {} %", hits / 4);
+    }
+}
+
+#[test]
 fn other_allocators_take_their_ports_from_where_they_should() {
     let nat = |mapping, ports| Nat { mapping, ports, ..Nat::CONE };
     let mut block = Lab::new(nat(Depends::Port, Ports::Block(20000, 20999)));
