@@ -8,6 +8,7 @@
 mod ping;
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use lacis_wire::control::{
 use lacis_wire::io::{ControlClient, ControlDialer, DialError};
 use lacis_wire::key::{DiscoKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::mapframe::{self, Compression};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
@@ -135,6 +136,7 @@ pub(crate) enum ControlEvent {
 pub(crate) struct Control {
     pub events: mpsc::Receiver<ControlEvent>,
     announce: watch::Sender<Announcement>,
+    moved: Arc<Notify>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -142,8 +144,15 @@ impl Control {
     pub(crate) fn start(config: ControlConfig, announcement: Announcement) -> Self {
         let (events, receiver) = mpsc::channel(EVENTS);
         let (announce, announcement) = watch::channel(announcement);
-        let task = tokio::spawn(Task { config, events, announcement, registered: false }.run());
-        Self { events: receiver, announce, _task: AbortOnDropHandle::new(task) }
+        let moved = Arc::new(Notify::new());
+        let task = Task { config, events, announcement, registered: false };
+        let task = tokio::spawn(task.run(Arc::clone(&moved)));
+        Self { events: receiver, announce, moved, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The host's network is another one: what is connected may hang for long, so it is connected anew.
+    pub(crate) fn redial(&self) {
+        self.moved.notify_one();
     }
 
     /// Says this from now on.
@@ -186,6 +195,8 @@ enum Broken {
     Silent,
     #[error("the control server closed the map stream")]
     Closed,
+    #[error("this host's network has changed")]
+    Moved,
     #[error("the engine has stopped")]
     Stopped,
     /// Told to the engine already.
@@ -323,13 +334,17 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self) {
+    async fn run(mut self, moved: Arc<Notify>) {
         let mut pauses = Pauses::default();
         let mut known = self.config.server_key;
         loop {
             let started = Instant::now();
             let mut had_map = false;
-            let error = match self.session(&mut known, &mut had_map).await {
+            let result = tokio::select! {
+                result = self.session(&mut known, &mut had_map) => result,
+                () = moved.notified() => Err(Broken::Moved),
+            };
+            let error = match result {
                 Err(Broken::Stopped | Broken::LoginEnded) => return,
                 Err(error) => error,
                 Ok(()) => Broken::Closed,
@@ -342,6 +357,10 @@ impl Task {
             tracing::debug!(error = %text, "control session ended");
             let mut pause = pauses.next();
             match error {
+                Broken::Moved => {
+                    pauses = Pauses::default();
+                    pause = Duration::ZERO;
+                }
                 Broken::Status { status, retry_after, .. } => {
                     pause = retry_after.unwrap_or(pause);
                     // The server does not know this key (any more): ask it by registering.
@@ -355,7 +374,7 @@ impl Task {
             if self.tell(ControlEvent::Trouble { error: text, hopeless }).await.is_err() {
                 return;
             }
-            tokio::time::sleep(pause).await;
+            tokio::select! { () = tokio::time::sleep(pause) => {}, () = moved.notified() => {} }
         }
     }
 

@@ -3,16 +3,18 @@
 //! Whatever happens (a frame of the map stream, a command of the local API, a relay that connects, a ping) comes in
 //! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
 //! is announced, which state users see, what is saved. The parts: [`login`] (who we are to the control server),
-//! [`network`] (the map, turned into tunnel, relays, resolver and host), [`paths`] (relays, STUN, disco, pings),
-//! [`status`] (what users see).
+//! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host, and
+//! where home is), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
 
 mod login;
+mod measure;
 mod network;
 mod paths;
+mod pings;
 mod status;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,9 +25,10 @@ use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
 use lacis_wire::disco;
 use lacis_wire::key::NodeKey;
 use lacis_wire::local::{
-    MaskedPrefs, Netcheck, NetcheckReport, Notify, PingResult, Prefs, StartOptions, State, Status, WhoIs,
+    MaskedPrefs, Netcheck, NetcheckReport, Notify, PathReport, PingResult, Prefs, StartOptions, State,
+    Status, WhoIs,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
@@ -35,12 +38,16 @@ use crate::bus::Bus;
 use crate::control::{Announcement, Control, ControlEvent};
 use crate::host_task::{HostNews, HostTask};
 use crate::hostinfo;
+use crate::links::LinkState;
 use crate::netcheck::StunProbes;
 use crate::netmap::{NetMap, Session};
+use crate::portmap::PortMap;
 use crate::relays::{RelayNews, Relays};
 use crate::state::{Saved, StateDir};
 use login::Login;
-use paths::Pings;
+use measure::{Measurement, NetcheckRuns};
+use paths::Reflections;
+use pings::Pings;
 
 /// Housekeeping: idle relays, expiry, saving the map, measuring the network again.
 const TICK: Duration = Duration::from_secs(5);
@@ -86,6 +93,11 @@ pub(crate) enum Command {
         kind: PingKind,
         reply: oneshot::Sender<PingResult>,
     },
+    /// How a peer is reached, and why not better.
+    Why {
+        ip: IpAddr,
+        reply: oneshot::Sender<Result<PathReport, String>>,
+    },
     Netcheck {
         reply: oneshot::Sender<Result<Netcheck, String>>,
     },
@@ -124,6 +136,7 @@ pub(crate) struct Inputs {
     pub udp: mpsc::Receiver<UdpIn>,
     pub events: mpsc::Receiver<Event>,
     pub host_news: mpsc::Receiver<HostNews>,
+    pub links: mpsc::Receiver<LinkState>,
 }
 
 /// A way to ask the engine.
@@ -148,6 +161,21 @@ pub(crate) struct Parts {
     pub host: HostTask,
     pub bus: Bus,
     pub fwmark: Option<u32>,
+    pub port_map: PortMap,
+    pub paths: PathOptions,
+}
+
+/// What the user says about paths.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PathOptions {
+    /// The UDP port asked for; 0 for any.
+    pub port: u16,
+    /// Addresses at which this node is reached, whatever is found out.
+    pub endpoints: Vec<SocketAddr>,
+    /// Ports below 1024 can be bound.
+    pub low_ports: bool,
+    /// Ports of NATs may be searched for.
+    pub searches: bool,
 }
 
 pub(crate) struct Engine {
@@ -189,10 +217,23 @@ pub(crate) struct Engine {
     host_trouble: Option<String>,
 
     report: NetcheckReport,
-    reports: mpsc::Sender<(NetcheckReport, bool)>,
-    report_inbox: mpsc::Receiver<(NetcheckReport, bool)>,
-    netcheck: paths::NetcheckRuns,
+    reports: mpsc::Sender<Measurement>,
+    report_inbox: mpsc::Receiver<Measurement>,
+    netcheck: NetcheckRuns,
+    early: mpsc::Sender<SocketAddr>,
+    early_inbox: mpsc::Receiver<SocketAddr>,
+    /// STUN servers that have answered, nearest first.
+    stun_servers: Vec<SocketAddr>,
+    link: LinkState,
     own_addresses: Vec<IpAddr>,
+    port_map: PortMap,
+    /// Where the router lets this node be reached.
+    mapped: watch::Receiver<Option<SocketAddrV4>>,
+    path_options: PathOptions,
+    paths: lacis_path::Paths,
+    reflections: Reflections,
+    /// The path logic knows the ways of the last run.
+    remembered: bool,
     announced_home: u16,
     /// What each region's relay complains of.
     relay_trouble: BTreeMap<u16, String>,
@@ -207,7 +248,9 @@ pub(crate) struct Engine {
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Self {
         let (reports, report_inbox) = mpsc::channel(4);
+        let (early, early_inbox) = mpsc::channel(16);
         let on_disk = encoded(&parts.saved);
+        let own_key = parts.saved.node_key.as_ref().map(|key| key.public()).unwrap_or_default();
         Self {
             host_facts: hostinfo::read(&parts.saved.log_id),
             boxes: disco::Boxes::new(parts.saved.disco_key.clone()),
@@ -237,8 +280,18 @@ impl Engine {
             report: NetcheckReport::default(),
             reports,
             report_inbox,
-            netcheck: paths::NetcheckRuns::default(),
+            netcheck: NetcheckRuns::default(),
+            early,
+            early_inbox,
+            stun_servers: Vec::new(),
+            link: LinkState::default(),
             own_addresses: Vec::new(),
+            mapped: parts.port_map.external(),
+            port_map: parts.port_map,
+            path_options: parts.paths,
+            paths: lacis_path::Paths::new(own_key, lacis_tunnel::DEFAULT_MTU, seed()),
+            reflections: Reflections::default(),
+            remembered: false,
             announced_home: 0,
             relay_trouble: BTreeMap::new(),
             expired: Vec::new(),
@@ -250,12 +303,16 @@ impl Engine {
 
     /// Works until told to stop, or until the tunnel is lost.
     pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) -> Result<(), Error> {
-        self.own_addresses = crate::interfaces::addresses().await.unwrap_or_default();
+        // How this host is connected comes first.
+        if let Some(link) = inputs.links.recv().await {
+            self.link_news(link);
+        }
         self.begin();
         self.settle();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let ended = loop {
+            let paths_due = self.paths.poll_timeout().map(Instant::from_std);
             tokio::select! {
                 () = stop.cancelled() => break Ok(()),
                 Some(command) = inputs.commands.recv() => self.command(command),
@@ -271,17 +328,26 @@ impl Engine {
                     Some(event) => self.tunnel_event(event),
                     None => break Err(Error::PacketThread),
                 },
-                Some((report, whole)) = self.report_inbox.recv() => self.measured(report, whole),
+                () = at(paths_due) => {
+                    self.wake_paths();
+                    continue;
+                }
+                Some(measurement) = self.report_inbox.recv() => self.measured(measurement),
+                Some(seen) = self.early_inbox.recv() => self.seen_early(seen),
+                Some(link) = inputs.links.recv() => self.link_news(link),
+                Ok(()) = self.mapped.changed() => self.tell_local(),
                 Some(news) = inputs.host_news.recv() => self.host_news(news),
-                _ = tick.tick() => self.tick().await,
+                _ = tick.tick() => self.tick(),
             }
             self.settle();
         };
         self.control = None;
         self.relays.set_identity(None);
+        self.remember_ways();
         self.save_map();
         self.disk_trouble = false;
         self.save();
+        self.port_map.close().await;
         ended
     }
 
@@ -318,6 +384,7 @@ impl Engine {
             Command::Logout { reply } => self.logout(reply),
             Command::WhoIs { who, reply } => drop(reply.send(self.who_is(who).map(Box::new))),
             Command::Ping { ip, kind, reply } => self.ping(ip, kind, reply),
+            Command::Why { ip, reply } => drop(reply.send(self.why(ip))),
             Command::Netcheck { reply } => self.netcheck_for(reply),
             Command::DerpMap { reply } => {
                 drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.derp_map))));
@@ -365,7 +432,7 @@ impl Engine {
         }
     }
 
-    async fn tick(&mut self) {
+    fn tick(&mut self) {
         self.relays.close_idle();
         let Self { relay_trouble, relays, .. } = self;
         relay_trouble.retain(|region, _| relays.is_open(*region));
@@ -378,18 +445,8 @@ impl Engine {
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
         }
+        self.remember_ways();
         if self.is_on() {
-            let addresses = crate::interfaces::addresses().await;
-            if let Some(addresses) = addresses.filter(|addresses| *addresses != self.own_addresses) {
-                tracing::info!("this host's addresses have changed");
-                // Connections from an address that stays go on.
-                if self.own_addresses.iter().any(|old| !addresses.contains(old)) {
-                    self.saved.endpoints.clear();
-                    self.relays.redial();
-                }
-                self.own_addresses = addresses;
-                self.measure(true);
-            }
             self.measure_if_due();
         }
     }
@@ -450,6 +507,18 @@ impl Engine {
 
 fn encoded(saved: &Saved) -> Zeroizing<Vec<u8>> {
     Zeroizing::new(lacis_wire::control::to_json(saved))
+}
+
+/// Sleeps until then; for ever without a time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn seed() -> u64 {
+    u64::from_le_bytes(lacis_wire::derp::random_nonce()[..8].try_into().unwrap_or_default())
 }
 
 async fn next_event(control: &mut Option<Control>) -> Option<ControlEvent> {

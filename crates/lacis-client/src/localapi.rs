@@ -180,7 +180,7 @@ fn router(engine: EngineHandle, stop: CancellationToken) -> Router {
         .route("/check-udp-gro-forwarding", get(handlers::no_warning))
         .route("/check-so-mark-in-use", get(handlers::check_so_mark))
         .route("/services", get(handlers::no_services));
-    let own = Router::new().route("/netcheck", post(handlers::netcheck));
+    let own = Router::new().route("/netcheck", post(handlers::netcheck)).route("/why", get(handlers::why));
     Router::new()
         .nest("/localapi/v0", stock)
         .nest("/lacis/v0", own)

@@ -1,6 +1,7 @@
 //! The program `lacisd`: options, logging, signals. Everything else is in the library.
 
 use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,6 +27,15 @@ struct Arguments {
     /// UDP port for WireGuard; 0 is the one used last, or any
     #[arg(long, value_name = "N", default_value_t = 0)]
     port: u16,
+    /// An address at which peers can reach this node, such as one that a router forwards; may be given again
+    #[arg(long, value_name = "IP:PORT")]
+    endpoint: Vec<SocketAddr>,
+    /// Whether to ask the router to map the UDP port (UPnP, NAT-PMP, PCP)
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    port_mapping: bool,
+    /// Whether to search for ports of peers' NATs: some hundred small packets each time
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    port_search: bool,
     /// What to log, such as `info` or `lacis_client=debug`
     #[arg(long, value_name = "FILTER", env = "LACIS_LOG", default_value = "info")]
     log: String,
@@ -94,6 +104,9 @@ async fn serve(arguments: Arguments) -> Result<(), Error> {
         socket: arguments.socket,
         tun: arguments.tun,
         port: arguments.port,
+        endpoints: arguments.endpoint,
+        port_mapping: arguments.port_mapping,
+        port_search: arguments.port_search,
     };
     run(options, stop, || notify(sd_notify::NotifyState::Ready)).await
 }

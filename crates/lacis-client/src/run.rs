@@ -1,5 +1,6 @@
 //! From options to a running daemon, and in good order out of it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,14 +9,15 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::bus::Bus;
-use crate::engine::{self, Engine, EngineHandle, Inputs, Parts};
+use crate::engine::{self, Engine, EngineHandle, Inputs, Parts, PathOptions};
 use crate::host::{Host, HostOptions};
 use crate::host_task::HostTask;
 use crate::localapi::Socket;
 use crate::netcheck::StunProbes;
+use crate::portmap::PortMap;
 use crate::relays::Relays;
 use crate::state::StateDir;
-use crate::{Error, hostinfo};
+use crate::{Error, hostinfo, links};
 
 /// On every socket of the daemon, so that policy routing keeps it out of the tunnel.
 const FWMARK: u32 = 0x80000;
@@ -32,6 +34,12 @@ pub struct Options {
     pub tun: String,
     /// 0: the one used last, or any.
     pub port: u16,
+    /// Addresses at which this node can be reached, for peers to try; besides those that are found out.
+    pub endpoints: Vec<SocketAddr>,
+    /// Whether the router is asked to map the port.
+    pub port_mapping: bool,
+    /// Whether ports of NATs may be searched for.
+    pub port_search: bool,
 }
 
 /// Runs until `stop`. `ready` is called when the local API answers.
@@ -63,6 +71,8 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
     let (host_sender, host_news) = mpsc::channel(NEWS);
     let (host, host_end) = HostTask::start(host, host_sender);
+    let port_map = PortMap::start(tunnel.udp_port().0, tunnel.tun_index(), fwmark, options.port_mapping);
+    let links = links::watch(tunnel.tun_index(), fwmark);
     let bus = Bus::default();
     let (commands, command_inbox) = engine::commands();
     let handle = EngineHandle { commands, bus: bus.clone() };
@@ -77,9 +87,22 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         host,
         bus,
         fwmark,
+        port_map,
+        paths: PathOptions {
+            port: options.port,
+            endpoints: options.endpoints,
+            low_ports: may_bind_low_ports(),
+            searches: options.port_search,
+        },
     });
-    let inputs =
-        Inputs { commands: command_inbox, relay_news, udp: outputs.udp, events: outputs.events, host_news };
+    let inputs = Inputs {
+        commands: command_inbox,
+        relay_news,
+        udp: outputs.udp,
+        events: outputs.events,
+        host_news,
+        links,
+    };
     let api = tokio::spawn(socket.serve(handle, stop.clone()));
     tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
     ready();
@@ -93,6 +116,12 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     tunnel.shutdown();
     api.abort();
     ended
+}
+
+/// Can this process send from ports below 1024? A taken port says yes as well.
+fn may_bind_low_ports() -> bool {
+    let bound = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 1000));
+    bound.map_or_else(|error| error.kind() == std::io::ErrorKind::AddrInUse, |_| true)
 }
 
 /// Can this process set SO_MARK?

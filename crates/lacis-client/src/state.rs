@@ -60,6 +60,9 @@ pub(crate) struct Saved {
     /// Where this node was reachable last.
     #[serde(default)]
     pub endpoints: Vec<SocketAddr>,
+    /// By which direct ways peers were reached last: a restart finds them again, even while the server is away.
+    #[serde(default)]
+    pub ways: Vec<(NodeKey, SocketAddr)>,
 }
 
 impl Saved {
@@ -81,6 +84,7 @@ impl Saved {
             port: 0,
             home_region: 0,
             endpoints: Vec::new(),
+            ways: Vec::new(),
         }
     }
 

@@ -14,6 +14,8 @@ use crate::types::{Local, Output, RegionId, SocketId, Way};
 
 /// An unanswered ping is forgotten after this.
 pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pings to an address in use come more often than this.
+const USED: Duration = Duration::from_secs(30);
 /// What WireGuard adds to a packet.
 const WIREGUARD_OVERHEAD: usize = 32;
 
@@ -54,10 +56,19 @@ pub(crate) enum Use {
 pub(crate) struct AuxSocket {
     pub(crate) used: Use,
     pub(crate) open: bool,
-    /// When the peer was last heard on it, or else when it was opened.
-    pub(crate) heard: Instant,
+    /// When the peer was last heard on it (or else when it was opened), and how long before that it was heard.
+    heard: Instant,
+    gap: Duration,
     /// A search or a rotation is at work with it.
     pub(crate) busy: bool,
+}
+
+impl AuxSocket {
+    /// Does the peer keep a way to it? Then its pings come in quick succession; now and then one comes to every address
+    /// that it has ever heard of.
+    pub(crate) fn is_used(&self, now: Instant) -> bool {
+        self.gap < USED && now < self.heard + USED
+    }
 }
 
 /// See the file's head.
@@ -184,7 +195,8 @@ impl Core {
     pub(crate) fn open_socket(&mut self, now: Instant, used: Use, low: bool) -> SocketId {
         self.next_socket += 1;
         let socket = SocketId(self.next_socket);
-        self.sockets.insert(socket, AuxSocket { used, open: false, heard: now, busy: true });
+        self.sockets
+            .insert(socket, AuxSocket { used, open: false, heard: now, gap: Duration::ZERO, busy: true });
         self.out.push_back(Output::OpenSocket { socket, low });
         socket
     }
@@ -199,6 +211,14 @@ impl Core {
     pub(crate) fn release(&mut self, socket: SocketId) {
         if let Some(socket) = self.sockets.get_mut(&socket) {
             socket.busy = false;
+        }
+    }
+
+    /// The peer was heard on this socket.
+    pub(crate) fn heard_on(&mut self, now: Instant, socket: SocketId) {
+        if let Some(socket) = self.sockets.get_mut(&socket) {
+            socket.gap = now.saturating_duration_since(socket.heard);
+            socket.heard = now;
         }
     }
 

@@ -16,6 +16,7 @@ mod prober;
 mod rotation;
 mod score;
 mod search;
+pub mod sim;
 mod survey;
 mod types;
 mod why;

@@ -14,9 +14,7 @@ use crate::survey::Survey;
 use crate::types::{Input, Output, Path, Peer, SocketId};
 use crate::why::Why;
 
-/// A socket on which nobody was heard for so long, and that is nobody's best way, is closed.
-const SILENT: Duration = Duration::from_mins(1);
-/// How often that is looked at.
+/// How often sockets that nobody uses any more are looked for.
 const SWEEP: Duration = Duration::from_secs(10);
 
 /// The ways to all peers. See the crate's documentation.
@@ -67,7 +65,8 @@ impl Paths {
             Input::LinkChanged => {
                 Survey::forget(core);
                 core.searching = None;
-                // What a server saw was another network's.
+                // What servers saw was another network's.
+                core.local.endpoints.clear();
                 core.local.seen_v4 = None;
                 core.local_at = None;
                 core.out.push_back(Output::Measure);
@@ -83,9 +82,9 @@ impl Paths {
                     peer.message(core, now, via, message);
                 }
             }
-            Input::Authenticated { peer, .. } => {
+            Input::Authenticated { peer, way } => {
                 if let Some(peer) = peers.get_mut(&peer) {
-                    peer.authenticated(now);
+                    peer.authenticated(now, way);
                 }
             }
             Input::SocketOpened { socket, ok } => self.socket_opened(now, socket, ok),
@@ -183,13 +182,13 @@ impl Paths {
         let Self { core, peers, .. } = self;
         let mut unused = Vec::new();
         for (id, socket) in &core.sockets {
-            let best = match socket.used {
-                Use::Survey => true,
-                Use::Peer(key) => {
-                    peers.get(&key).is_some_and(|peer| peer.best.is_some_and(|best| best.way.socket == *id))
-                }
+            let (best, works) = match socket.used {
+                Use::Survey => (true, true),
+                Use::Peer(key) => peers.get(&key).map_or((false, false), |peer| {
+                    (peer.best.is_some_and(|best| best.way.socket == *id), peer.works_from(*id))
+                }),
             };
-            if !socket.busy && !best && now >= socket.heard + SILENT {
+            if !socket.busy && !best && !(works && socket.is_used(now)) {
                 unused.push((*id, socket.used));
             }
         }

@@ -30,9 +30,13 @@ const LEAST_WAIT: Duration = Duration::from_millis(300);
 const GIVE_UP: Duration = Duration::from_secs(4);
 /// After the first quick rounds, candidates are pinged so often.
 const ROUND: Duration = Duration::from_secs(5);
-/// The first rounds, counted from the first packet. The very first only opens our own NAT, see [`PeerState::round`].
-const FIRST_ROUNDS: [Duration; 4] =
-    [Duration::ZERO, Duration::from_millis(120), Duration::from_millis(350), Duration::from_millis(800)];
+/// The first rounds, counted from the first packet: one that only opens our own NAT (see [`PeerState::round`]), and one
+/// that does more. It comes as soon as the peer has answered by relay; stock clients do not, and are not waited for.
+const SECOND_ROUND: Duration = Duration::from_millis(500);
+/// The second round of a peer that should have answered.
+const UNANSWERED: Duration = Duration::from_millis(900);
+/// One more before the pace is that of [`ROUND`].
+const THIRD_ROUND: Duration = Duration::from_millis(1300);
 /// Hops that an opening packet may take: through our own router, not to the peer's.
 pub(crate) const OPENING_TTL: u8 = 2;
 /// A better way than the best is looked for so often, unless the best is quick.
@@ -60,6 +64,14 @@ const MOST_TOLD: usize = 32;
 const MOST_CANDIDATES: usize = 100;
 /// WireGuard-only peers: another endpoint is tried when nothing came for so long.
 const SILENT: Duration = Duration::from_secs(5);
+/// Packets that searches of ports may cost each side, and the seconds in which they are granted anew.
+const PROBES: f32 = 3500.0;
+const PROBES_REFILL: f32 = 600.0;
+/// What a message by relay and its answer may take, until it is measured.
+const RELAY_TRIP: Duration = Duration::from_millis(250);
+/// Ways that answer within this time of the first one may all become the best; then a change needs patience.
+const CHOOSING: Duration = Duration::from_secs(1);
+const CHOSEN: Duration = Duration::from_secs(5);
 /// A ping right back to where one came from, no more often than this.
 const PING_BACK: Duration = Duration::from_millis(100);
 
@@ -104,14 +116,18 @@ pub(crate) struct Best {
     next_ping: Instant,
     /// Pings without an answer since the last pong.
     missed: u32,
+    /// Something speaks against it: one ping without an answer is enough to doubt it.
+    suspect: bool,
 }
 
 /// The peer is being looked for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Session {
     pub(crate) since: Instant,
-    round: usize,
+    round: u32,
     next: Instant,
+    /// There was a way, which may come back: what costs much waits until it is given up.
+    hopeful: bool,
 }
 
 /// What came of looking for it, for people.
@@ -131,6 +147,12 @@ pub(crate) struct PeerState {
     pub(crate) path: Path,
     pub(crate) nat: Option<NatReport>,
     nat_told: Option<(NatReport, Instant)>,
+    nat_asked: Option<Instant>,
+    relay_trip: Option<Duration>,
+    /// When the peer was heard through a relay.
+    relay_heard: Option<Instant>,
+    /// Since when there has been a direct way without a break.
+    direct_since: Option<Instant>,
     pub(crate) active_until: Option<Instant>,
     wanted_until: Option<Instant>,
     pub(crate) session: Option<Session>,
@@ -139,6 +161,8 @@ pub(crate) struct PeerState {
     last_upgrade: Instant,
     /// Pings to addresses that have not proven to be the peer's.
     bucket: Bucket,
+    /// Probes of port searches, the peer's openings and ours.
+    pub(crate) probes: Bucket,
     /// Call-me-maybes and the like, received.
     requests: Bucket,
     recent: VecDeque<(Way, TxId)>,
@@ -164,6 +188,10 @@ impl PeerState {
             path: Path::None,
             nat: None,
             nat_told: None,
+            nat_asked: None,
+            relay_trip: None,
+            relay_heard: None,
+            direct_since: None,
             active_until: None,
             wanted_until: None,
             session: None,
@@ -171,6 +199,7 @@ impl PeerState {
             searches: Searches::default(),
             last_upgrade: now,
             bucket: Bucket::new(80.0, 6.0),
+            probes: Bucket::new(PROBES, PROBES / PROBES_REFILL),
             requests: Bucket::new(12.0, 2.0),
             recent: VecDeque::new(),
             history: History::default(),
@@ -268,11 +297,16 @@ impl PeerState {
             return;
         }
         if !was_active && let Some(best) = &mut self.best {
+            let answered = self.ways.get(&best.way).and_then(|candidate| candidate.last_pong);
             best.next_ping = now;
             best.missed = 0;
-            // It has its chance again.
-            best.doubted = best.doubted.map(|_| now);
+            // What was not proven lately has to prove itself, and has the time for it.
+            if answered.is_none_or(|at| now >= at + TRUST) {
+                best.doubted = Some(now);
+                self.direct_since = None;
+            }
         }
+        self.settle(core);
         self.look(core, now);
     }
 
@@ -281,10 +315,12 @@ impl PeerState {
         if self.session.is_some() || self.is_direct(now) || !self.peer.disco || !self.is_looking(now) {
             return;
         }
-        if core.local_at.is_some_and(|at| now >= at + FRESH) {
+        // A way that has died may have been our own address.
+        let died = self.best.is_some();
+        if died || core.local_at.is_some_and(|at| now >= at + FRESH) {
             core.out.push_back(Output::Measure);
         }
-        self.session = Some(Session { since: now, round: 0, next: now });
+        self.session = Some(Session { since: now, round: 0, next: now, hopeful: died });
         self.history = History::default();
         self.wake(core, now);
     }
@@ -309,12 +345,14 @@ impl PeerState {
             Some(best) if core.is_open(best.way.socket) => {
                 best.doubted = Some(now);
                 best.trusted_until = now;
-                best.next_ping = now + GIVE_UP;
             }
             _ => self.best = None,
         }
         self.settle(core);
         self.look_again(core, now);
+        if let Some(session) = &mut self.session {
+            session.hopeful = false;
+        }
     }
 
     /// Our own addresses are others now: whoever is talked to is told.
@@ -344,8 +382,11 @@ impl PeerState {
     fn tell_nat(&mut self, core: &mut Core, now: Instant, ask: bool) {
         let nat = core.nat_report();
         let told = self.nat_told.is_some_and(|(told, at)| told == nat && now < at + ROUND);
-        if !told {
+        if !told || !ask {
             self.nat_told = Some((nat, now));
+            if ask {
+                self.nat_asked = Some(now);
+            }
             core.tell(self.peer.key, Traversal::Nat { ask, nat });
         }
     }
@@ -394,6 +435,9 @@ impl PeerState {
 
     /// A message of this peer.
     pub(crate) fn message(&mut self, core: &mut Core, now: Instant, via: Via, message: Message) {
+        if matches!(via, Via::Relay(_)) {
+            self.relay_heard = Some(now);
+        }
         match (message, via) {
             (Message::Ping { tx, .. }, Via::Relay(region)) => {
                 // Relays have the address 127.3.3.40 and their number as port.
@@ -414,11 +458,19 @@ impl PeerState {
             return;
         }
         if let Traversal::Nat { ask, nat } = message {
-            self.nat = Some(nat);
+            if self.nat != Some(nat) {
+                // What failed with another network may work with this one.
+                self.nat = Some(nat);
+                Rotation::stop(self, core);
+                Searches::again(self);
+            }
             if ask {
                 self.wanted_until = Some(now + WANTED);
                 self.tell_nat(core, now, false);
                 self.look(core, now);
+            } else if let Some(asked) = self.nat_asked.take() {
+                self.relay_trip = Some(now.saturating_duration_since(asked));
+                self.answered_call(core, now);
             }
         } else {
             Searches::message(self, core, now, message);
@@ -439,9 +491,7 @@ impl PeerState {
             ttl: None,
             message: Message::Pong { tx, src: way.addr },
         });
-        if let Some(socket) = core.sockets.get_mut(&way.socket) {
-            socket.heard = now;
-        }
+        core.heard_on(now, way.socket);
         if self.ways.len() >= MOST_CANDIDATES && !self.ways.contains_key(&way) {
             self.prune(now);
             if self.ways.len() >= MOST_CANDIDATES {
@@ -449,6 +499,9 @@ impl PeerState {
             }
         }
         self.searches.hit(now, way.socket);
+        if self.best.is_some_and(|best| best.way != way) {
+            self.suspect(now);
+        }
         let candidate = self.ways.entry(way).or_default();
         candidate.heard = Some(now);
         candidate.delicate |= way.socket != SocketId::MAIN;
@@ -477,9 +530,6 @@ impl PeerState {
             (_, Some(way), Via::Udp(_)) => way,
             _ => return,
         };
-        if let Some(socket) = core.sockets.get_mut(&way.socket) {
-            socket.heard = now;
-        }
         if ping.purpose == Purpose::Search {
             self.searches.hit(now, way.socket);
         }
@@ -488,7 +538,10 @@ impl PeerState {
         candidate.delicate |= ping.purpose == Purpose::Search || way.socket != SocketId::MAIN;
         // A probe is answered late when many wait: its time says nothing.
         if !(fresh && ping.purpose == Purpose::Search) || candidate.latency.is_zero() {
-            candidate.latency = latency;
+            // The least counts, and is forgotten slowly: what is more was spent in queues.
+            let known = candidate.latency;
+            let rests = known.is_zero() || latency < known;
+            candidate.latency = if rests { latency } else { known + (latency - known) / 8 };
         }
         candidate.last_pong = Some(now);
         candidate.pings = 0;
@@ -523,14 +576,21 @@ impl PeerState {
         match &mut self.best {
             Some(best) if best.way == way => {
                 best.doubted = None;
+                best.suspect = false;
                 best.trusted_until = now + TRUST.max(pause + TRUST / 2);
                 best.missed = 0;
                 best.next_ping = now + pause;
             }
             Some(best) => {
                 let trusted = now < best.trusted_until && best.doubted.is_none();
+                // The peer has moved: it answers here, and there no more.
+                let moved = best.suspect && best.missed > 0;
+                let since = best.since;
                 let of_best = self.ways.get(&best.way).map_or(Duration::MAX, |candidate| candidate.latency);
-                if !trusted || is_better((way.addr, latency), (best.way.addr, of_best)) {
+                let may_change =
+                    now >= since + CHOSEN || self.direct_since.is_some_and(|at| now < at + CHOOSING);
+                let better = may_change && is_better((way.addr, latency), (best.way.addr, of_best));
+                if !trusted || moved || better {
                     self.take(now, way);
                 }
             }
@@ -540,8 +600,15 @@ impl PeerState {
     }
 
     fn take(&mut self, now: Instant, way: Way) {
-        let mut best =
-            Best { way, since: now, trusted_until: now + TRUST, doubted: None, next_ping: now, missed: 0 };
+        let mut best = Best {
+            way,
+            since: now,
+            trusted_until: now + TRUST,
+            doubted: None,
+            next_ping: now,
+            missed: 0,
+            suspect: false,
+        };
         self.best = Some(best);
         best.next_ping += self.pause(now, &way);
         self.best = Some(best);
@@ -565,6 +632,7 @@ impl PeerState {
 
     fn found(&mut self, core: &mut Core, now: Instant) {
         if let Some(best) = self.best.filter(|_| self.is_direct(now)) {
+            self.direct_since.get_or_insert(now);
             if self.session.take().is_some() {
                 // Users whose pings wait for a relay that does not answer need not wait longer.
                 for token in core.waiting_tokens(&self.peer.key) {
@@ -590,15 +658,8 @@ impl PeerState {
             .take(MOST_TOLD)
             .map(Way::main)
             .collect();
-        if let Some(best) = &mut self.best
-            && self.ways.get(&best.way).is_some_and(|candidate| candidate.told)
-            && !told.contains(&best.way)
-            && best.way.socket == SocketId::MAIN
-            && best.doubted.is_none()
-        {
-            // It has moved.
-            best.doubted = Some(now);
-            best.next_ping = now + GIVE_UP;
+        if self.best.is_some_and(|best| !told.contains(&best.way)) {
+            self.suspect(now);
         }
         for candidate in self.ways.values_mut() {
             candidate.told = false;
@@ -629,7 +690,7 @@ impl PeerState {
             candidate.mapped
                 || candidate.told
                 || recent(candidate.heard)
-                || recent(candidate.last_pong)
+                || (recent(candidate.last_pong) && !matches!(candidate.whole, Whole::Fails(_)))
                 || Some(*way) == best
         });
     }
@@ -646,6 +707,15 @@ impl PeerState {
         }
     }
 
+    /// Does one of the ways from this socket work?
+    pub(crate) fn works_from(&self, socket: SocketId) -> bool {
+        self.ways.iter().any(|(way, candidate)| {
+            way.socket == socket
+                && candidate.last_pong.is_some()
+                && !matches!(candidate.whole, Whole::Fails(_))
+        })
+    }
+
     /// A socket is gone: so are its ways.
     pub(crate) fn socket_gone(&mut self, core: &mut Core, socket: SocketId) {
         self.ways.retain(|way, _| way.socket != socket);
@@ -656,10 +726,44 @@ impl PeerState {
     }
 
     /// A WireGuard packet came from there.
-    pub(crate) fn authenticated(&mut self, now: Instant) {
+    pub(crate) fn authenticated(&mut self, now: Instant, way: Way) {
         if let Some(only) = &mut self.only {
             only.heard = Some(now);
+        } else if self.best.is_some_and(|best| best.way != way) {
+            self.suspect(now);
         }
+    }
+
+    /// The peer may have moved: the best way is asked at once whether it still is one.
+    fn suspect(&mut self, now: Instant) {
+        let Some(best) = &mut self.best else { return };
+        let answered = self.ways.get(&best.way).and_then(|candidate| candidate.last_pong);
+        if best.suspect || best.doubted.is_some() || answered.is_some_and(|at| now < at + LEAST_WAIT) {
+            return;
+        }
+        best.suspect = true;
+        // One may be on its way already.
+        if best.missed == 0 {
+            best.next_ping = now;
+        }
+    }
+
+    /// What the peer's answer by relay takes.
+    pub(crate) fn relay_trip(&self) -> Duration {
+        self.relay_trip.unwrap_or(RELAY_TRIP)
+    }
+
+    /// The time has come for what costs more than a few pings, once the quick rounds have had `after`: there is no way
+    /// that may come back, the peer hears us, and our own place was measured since the last way died.
+    pub(crate) fn may_insist(&self, core: &Core, now: Instant, after: Duration) -> bool {
+        let Some(session) = self.session else { return false };
+        let hopeful = session.hopeful && self.best.is_some();
+        // Stock clients answer to nothing but pings: whether they hear us is not known.
+        let hears = self.nat.is_none() || self.relay_heard.is_some_and(|at| at >= session.since);
+        // Another port does not widen the way.
+        let narrow = self.ways.values().any(|way| matches!(way.whole, Whole::Fails(_) | Whole::Asked { .. }));
+        let measured = !session.hopeful || core.local_at.is_some_and(|at| at >= session.since);
+        !hopeful && hears && measured && !narrow && now >= session.since + after.max(self.relay_trip() * 2)
     }
 
     /// A user pings.
@@ -683,7 +787,7 @@ impl PeerState {
         let session = self.session.map(|session| session.next);
         let best = self.best.map(|best| match best.doubted {
             Some(at) => at + GIVE_UP,
-            None if self.pings_best(now, &best) => best.next_ping.min(best.trusted_until),
+            None if best.suspect || self.pings_best(now, &best) => best.next_ping.min(best.trusted_until),
             None => best.trusted_until,
         });
         let dormant = self.best.is_some_and(|best| best.doubted.is_some()) && !self.is_looking(now);
@@ -727,22 +831,31 @@ impl PeerState {
     }
 
     fn next_round(&mut self, core: &mut Core, now: Instant, session: Session) {
-        let steady = session.round >= FIRST_ROUNDS.len();
+        let steady = session.round >= 3;
         self.prune(now);
-        // Peers learn where we are at first, once more if that was lost, and then with each round.
-        let call = session.round == 0 || session.round >= FIRST_ROUNDS.len() - 1;
         self.round(core, now, session.round == 0, !steady);
-        if call {
+        // Peers learn where we are at first, once more if that was lost, and then with each round.
+        if session.round != 1 {
             self.call_me_maybe(core, now, &[]);
         }
-        let round = session.round + 1;
-        let next = match FIRST_ROUNDS.get(round) {
-            Some(offset) => session.since + *offset,
-            None => now + ROUND,
+        let next = match session.round {
+            0 if self.nat.is_some() && self.peer.home != 0 => session.since + UNANSWERED,
+            0 => session.since + SECOND_ROUND,
+            1 => session.since + THIRD_ROUND,
+            _ => now + ROUND,
         };
-        self.session = Some(Session { round, next: next.max(now), ..session });
+        self.session = Some(Session { round: session.round + 1, next: next.max(now), ..session });
         if steady && core.local_at.is_some_and(|at| now >= at + FRESH) {
             core.out.push_back(Output::Measure);
+        }
+    }
+
+    /// The peer has heard our call and pinged us: what we send now meets open doors.
+    fn answered_call(&mut self, core: &mut Core, now: Instant) {
+        if let Some(session) = self.session
+            && session.round == 1
+        {
+            self.next_round(core, now, session);
         }
     }
 
@@ -769,11 +882,13 @@ impl PeerState {
             }
             return;
         }
-        let pings = self.pings_best(now, &best);
-        if now >= best.trusted_until || (best.missed >= DOUBTS && best.next_ping <= now) {
+        let pings = best.suspect || self.pings_best(now, &best);
+        let enough = if best.suspect { 1 } else { DOUBTS };
+        if now >= best.trusted_until || (best.missed >= enough && best.next_ping <= now) {
             best.doubted = Some(now);
             best.trusted_until = best.trusted_until.min(now);
             self.best = Some(best);
+            self.direct_since = None;
             self.settle(core);
             self.look(core, now);
             return;
@@ -809,11 +924,6 @@ impl PeerState {
             candidate.whole = Whole::Asked { tries: tries + 1, next: now + wait };
             core.ping(now, self.peer.key, Some(*way), None, Purpose::Whole);
         }
-    }
-
-    /// Whether looking further makes sense: the quick rounds have not sufficed.
-    pub(crate) fn waits_since(&self) -> Option<Instant> {
-        self.session.map(|session| session.since)
     }
 
     /// The peer's addresses outside, which our main socket is opened to.

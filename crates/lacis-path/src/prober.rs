@@ -13,7 +13,7 @@ use lacis_wire::disco::{Message, TxId};
 
 use crate::core::{Core, Purpose, SentPing, Use};
 use crate::peer::PeerState;
-use crate::search::{Outcome, TICK, close_unused};
+use crate::search::{HIT, Outcome, TICK, close_unused};
 use crate::types::{Output, SocketId, Way};
 
 /// Probes in each burst: 1,000 a second.
@@ -29,8 +29,6 @@ const CANARY_AGAIN: Duration = Duration::from_millis(250);
 const CANARY_LOST: Duration = Duration::from_millis(700);
 /// The last answers may take this long.
 const LAST_ANSWERS: Duration = Duration::from_millis(800);
-/// From the first answer to a way that is proven.
-const HIT: Duration = Duration::from_millis(1500);
 /// A new socket's place is asked for so often.
 const ASK_AGAIN: Duration = Duration::from_millis(150);
 const ASKS: usize = 3;
@@ -41,6 +39,7 @@ pub(crate) struct Fresh {
     search: u32,
     pub(crate) socket: SocketId,
     asked: Vec<TxId>,
+    told: bool,
     pub(crate) next: Option<Instant>,
 }
 
@@ -53,7 +52,7 @@ impl Fresh {
             close_unused(state, core, old.socket);
         }
         let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
-        state.searches.fresh = Some(Self { search, socket, asked: Vec::new(), next: None });
+        state.searches.fresh = Some(Self { search, socket, asked: Vec::new(), told: false, next: None });
     }
 
     pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
@@ -72,7 +71,8 @@ impl Fresh {
         let Some(fresh) = state.searches.fresh.as_mut().filter(|fresh| fresh.asked.contains(&tx)) else {
             return;
         };
-        if let (SocketAddr::V4(at), Some(_)) = (seen, fresh.next) {
+        if let (SocketAddr::V4(at), false) = (seen, fresh.told) {
+            fresh.told = true;
             core.tell(state.peer.key, Traversal::FreshAt { search: fresh.search, at });
         }
         fresh.next = None;
@@ -122,16 +122,16 @@ impl Prober {
         now: Instant,
         (search, from, at, ranges): (u32, ProbeFrom, Ipv4Addr, Vec<RangeInclusive<u16>>),
     ) {
-        let refuse = |core: &mut Core| {
-            core.tell(state.peer.key, Traversal::Missed { search, probes: 0, exhausted: false });
+        let refuse = |core: &mut Core, peer| {
+            core.tell(peer, Traversal::Missed { search, probes: 0, exhausted: false });
         };
-        let known = state.ways.keys().any(|way| way.addr.ip() == at);
+        let of_peer = state.ways.keys().any(|way| way.addr.ip() == at);
         let low = matches!(from, ProbeFrom::Low(_));
         let able = core.local.searches
             && core.local.udp
             && (if low { core.local.low_ports } else { core.local.mapping != Mapping::Varies });
-        if !known || !able || core.searching.is_some() || state.searches.is_busy() {
-            return refuse(core);
+        if !of_peer || !able || core.searching.is_some() || state.searches.is_busy() {
+            return refuse(core, state.peer.key);
         }
         let mut ports = Vec::new();
         for range in ranges {
@@ -140,16 +140,20 @@ impl Prober {
             ports.extend(some);
         }
         ports.truncate(MOST_PORTS);
+        let sockets = if let ProbeFrom::Low(count) = from { count.clamp(1, MOST_LOW) } else { 1 };
+        if !state.probes.take_many(now, ports.len() as f32 * f32::from(sockets)) {
+            return refuse(core, state.peer.key);
+        }
         let fresh = state.searches.fresh.as_ref().filter(|fresh| fresh.search == search);
-        let sockets = match (from, fresh) {
+        let known = match (from, fresh) {
             (ProbeFrom::Main, _) => vec![SocketId::MAIN],
             (ProbeFrom::Fresh, Some(fresh)) => vec![fresh.socket],
-            (ProbeFrom::Fresh, None) => return refuse(core),
+            (ProbeFrom::Fresh, None) => return refuse(core, state.peer.key),
             (ProbeFrom::Low(_), _) => Vec::new(),
         };
         let mut waiting = Vec::new();
-        if let ProbeFrom::Low(count) = from {
-            for _ in 0..count.clamp(1, MOST_LOW) {
+        if low {
+            for _ in 0..sockets {
                 waiting.push(core.open_socket(now, Use::Peer(state.peer.key), true));
             }
         }
@@ -159,7 +163,7 @@ impl Prober {
             at,
             ports,
             waiting: waiting.len(),
-            sockets: if low { waiting } else { sockets },
+            sockets: if low { waiting } else { known },
             own_sockets: low,
             tx: core.tx(),
             sent: 0,
@@ -228,7 +232,7 @@ impl Prober {
         prober.watch_canary(core, now);
         let before = prober.sent;
         prober.burst(state, core, now);
-        prober.next = now + if prober.sent < all { TICK } else { LAST_ANSWERS };
+        prober.next = now + if prober.sent < all { TICK } else { LAST_ANSWERS.max(state.relay_trip() * 2) };
         if before / CANARY != prober.sent / CANARY && prober.canary.is_none() && !core.local.stun.is_empty() {
             let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
             prober.canary = Some(Canary { socket, asked: [None; 2], since: now });
@@ -272,7 +276,7 @@ impl Prober {
         self.sent = end;
     }
 
-    pub(crate) fn close(self, state: &PeerState, core: &mut Core) {
+    pub(crate) fn close(self, state: &mut PeerState, core: &mut Core) {
         if let Some(canary) = self.canary {
             core.close_socket(canary.socket);
         }

@@ -6,7 +6,8 @@
 //! through: a **new socket**, whose place a STUN server tells; from it a packet whose hops end between the routers, so
 //! that our own router maps the port and the peer's sees nothing; then a call-me-maybe with the new place. The peer's
 //! ping, from the port that everybody knows, is the first to arrive and finds an open door. Any client answers such a
-//! call, so it works with stock clients too. Routers in a row need more hops: each attempt adds one, from a socket of
+//! call, so it works with stock clients. (Two Lacis nodes do it with a new socket on each side, see `search.rs`: a clash
+//! also changes the port that the main socket has towards everybody whom it meets later.) Routers in a row need more hops: each attempt adds one, from a socket of
 //! its own, since an attempt with too many hops spoils its port as well.
 
 use std::net::SocketAddr;
@@ -17,6 +18,7 @@ use lacis_wire::disco::traversal::Mapping;
 
 use crate::core::{Core, Purpose, Use};
 use crate::peer::{OPENING_TTL, PeerState};
+use crate::search::close_unused;
 use crate::types::{SocketId, Way};
 
 /// The quick rounds have this long.
@@ -28,6 +30,8 @@ const AGAIN: Duration = Duration::from_mins(2);
 /// A server that does not answer is asked again, and another one.
 const ASK_AGAIN: Duration = Duration::from_millis(150);
 const ASKS: usize = 3;
+/// The answer to the last question may take so long.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// From the opening to our own pings: the peer's come first.
 const THEN_PING: Duration = Duration::from_millis(300);
 /// And from there to the next attempt.
@@ -70,31 +74,32 @@ impl Rotation {
         }
     }
 
-    /// The socket stays if the peer was heard on it.
     fn end_attempt(&self, state: &mut PeerState, core: &mut Core) {
         if matches!(self.step, Step::Waiting) {
             return;
         }
-        let works = |way: &Way| way.socket == self.socket;
-        if state.best.is_some_and(|best| works(&best.way)) || state.ways.iter().any(|(way, _)| works(way)) {
-            core.release(self.socket);
-        } else {
-            core.close_socket(self.socket);
-        }
+        close_unused(state, core, self.socket);
     }
 
     /// Is there something that another port could help?
     fn makes_sense(state: &PeerState, core: &Core) -> bool {
         let ours = matches!(core.local.mapping, Mapping::Independent | Mapping::Unknown) && core.local.udp;
         let theirs = !matches!(state.mapping(), Mapping::Varies) && state.nat.is_none_or(|nat| nat.udp);
-        ours && theirs && state.peer.home != 0 && !core.local.stun.is_empty() && !state.outside().is_empty()
+        let other_way = core.nat_report().searches && state.nat.is_some_and(|nat| nat.searches);
+        ours && theirs
+            && !other_way
+            && state.peer.home != 0
+            && !core.local.stun.is_empty()
+            && !state.outside().is_empty()
     }
 
     pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
-        let Some(since) = state.waits_since() else { return };
+        if state.session.is_none() {
+            return;
+        }
         let Some(mut rotation) = state.rotation.take() else {
             let rotation =
-                Self { step: Step::Waiting, next: since + AFTER, attempt: 0, socket: SocketId::MAIN };
+                Self { step: Step::Waiting, next: now + AFTER, attempt: 0, socket: SocketId::MAIN };
             state.rotation = Some(rotation);
             return;
         };
@@ -107,8 +112,8 @@ impl Rotation {
     fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) {
         match &mut self.step {
             Step::Waiting => {
-                if !Self::makes_sense(state, core) {
-                    self.next = now + AFTER;
+                if !state.may_insist(core, now, AFTER) || !Self::makes_sense(state, core) {
+                    self.next = now + AFTER / 2;
                     return;
                 }
                 state.history.rotations += 1;
@@ -123,12 +128,12 @@ impl Rotation {
                     return;
                 }
                 asked.extend(core.reflect(self.socket, asked.len()));
-                self.next = now + ASK_AGAIN;
+                self.next = now + if asked.len() < ASKS { ASK_AGAIN } else { LAST_ANSWER };
             }
             Step::Opened => {
                 self.send(state, core, now, None);
                 self.step = Step::Pinged;
-                self.next = now + THEN_GIVE_UP;
+                self.next = now + THEN_GIVE_UP.max(state.relay_trip());
             }
             Step::Pinged => self.give_up(state, core, now),
         }
@@ -171,7 +176,7 @@ impl Rotation {
             rotation.send(state, core, now, Some(OPENING_TTL + rotation.attempt));
             state.call_me_maybe(core, now, &[seen]);
             rotation.step = Step::Opened;
-            rotation.next = now + THEN_PING;
+            rotation.next = now + THEN_PING.max(state.relay_trip() * 5 / 4);
         }
         state.rotation = Some(rotation);
     }

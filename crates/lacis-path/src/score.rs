@@ -46,14 +46,19 @@ impl Bucket {
     }
 
     pub(crate) fn take(&mut self, now: Instant) -> bool {
+        self.take_many(now, 1.0)
+    }
+
+    /// So many at once, or none.
+    pub(crate) fn take_many(&mut self, now: Instant, count: f32) -> bool {
         if let Some(at) = self.at {
             let more = now.saturating_duration_since(at).as_secs_f32() * self.rate;
             self.tokens = (self.tokens + more).min(self.size);
         }
         self.at = Some(now);
-        let enough = self.tokens >= 1.0;
+        let enough = self.tokens >= count;
         if enough {
-            self.tokens -= 1.0;
+            self.tokens -= count;
         }
         enough
     }

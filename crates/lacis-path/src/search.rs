@@ -9,14 +9,17 @@
 //! or a counter is nearly as good; anywhere else 256 sockets and 1,024 probes find each other in most cases. The
 //! figures are measured in `reference/natlab.md`, "Searching ports against a symmetric NAT".
 //!
+//! Where both mappings are the same for everybody, but a port is spoilt (see `rotation.rs`), the same exchange with one
+//! new socket on each side is all that is needed: both ports are known.
+//!
 //! A search costs both routers entries, so there is one at a time, with few tries, and it ends as soon as new flows
 //! fail.
 
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use lacis_wire::disco::traversal::{Allocator, Mapping, ProbeFrom, Traversal};
+use lacis_wire::disco::traversal::{Allocator, Mapping, NatReport, ProbeFrom, Traversal};
 use lacis_wire::disco::{Message, TxId};
 
 use crate::core::{Core, Purpose, SentPing, Use};
@@ -38,8 +41,15 @@ const EXHAUSTED: Duration = Duration::from_mins(30);
 pub(crate) const TICK: Duration = Duration::from_millis(10);
 /// Openings in each: 2,000 a second.
 const OPENINGS: usize = 20;
+/// A server that does not answer is asked again, and another one.
+const ASK_AGAIN: Duration = Duration::from_millis(150);
+const ASKS: usize = 3;
+/// The answer to the last question may take so long.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// What an answer by relay may take.
 const ANSWER: Duration = Duration::from_millis(1500);
+/// From the first probe that arrives to a way that is proven.
+pub(crate) const HIT: Duration = Duration::from_secs(3);
 /// Low sockets of each side, when both mappings vary.
 const LOW_PAIR: u8 = 2;
 
@@ -69,8 +79,8 @@ enum Step {
     Fresh,
     /// Our sockets are being opened.
     Sockets,
-    /// A server is asked where the counter is.
-    Counter(Option<TxId>),
+    /// A server is asked where our socket, or the counter, is.
+    Asking(Vec<TxId>),
     /// Packets go out; the next is this one.
     Opening(usize),
     /// The prober is at work.
@@ -84,6 +94,8 @@ struct Opener {
     next: Instant,
     plan: Plan,
     target: Target,
+    /// Where our sockets are seen.
+    at: Option<IpAddr>,
     waiting: Vec<SocketId>,
     sockets: Vec<SocketId>,
     /// A probe has arrived; what follows decides.
@@ -102,23 +114,37 @@ enum Target {
 struct Plan {
     sockets: u16,
     low: bool,
-    counter: bool,
+    /// How many ports follow the one at which our first socket is seen; that one alone if the mapping is the same for
+    /// everybody.
+    from_seen: Option<u16>,
     ports: RangeInclusive<u16>,
 }
 
 impl Plan {
-    fn of(allocator: Allocator, low_ports: bool, both: bool) -> Self {
-        let plan = |sockets, ports| Self { sockets, low: false, counter: false, ports };
-        match allocator {
+    fn of(core: &Core, both: bool) -> Self {
+        let plan = |sockets, ports| Self { sockets, low: false, from_seen: None, ports };
+        if core.local.mapping != Mapping::Varies {
+            return Self { from_seen: Some(0), ..plan(1, 1..=1) };
+        }
+        let low_ports = core.local.low_ports;
+        match core.survey.allocator() {
             Allocator::Linux if low_ports => {
                 Self { low: true, ..plan(if both { u16::from(LOW_PAIR) } else { 1 }, LINUX_LOW) }
             }
             Allocator::Block(first, last) if last - first < 2048 => plan(32, first..=last),
             Allocator::Block(first, last) => plan(64, first..=last),
-            Allocator::Counter(latest) => Self { counter: true, ..plan(8, latest..=latest) },
+            Allocator::Counter(_) => Self { from_seen: Some(64), ..plan(8, 1..=64) },
             // Linux gives these ports twice as often as others, and a random allocator not less often.
             Allocator::Linux | Allocator::Random | Allocator::Unknown => plan(256, 1024..=2047),
         }
+    }
+
+    /// Packets of both sides.
+    fn cost(&self, both: bool) -> f32 {
+        let openings =
+            if both { u32::from(LOW_PAIR) * LINUX_LOW.count() as u32 } else { u32::from(self.sockets) };
+        let probers = if both { u32::from(LOW_PAIR) } else { 1 };
+        (openings + self.probes() * probers) as f32
     }
 
     fn probes(&self) -> u32 {
@@ -151,6 +177,14 @@ impl Searches {
         }
         if core.searching == Some(state.peer.key) {
             core.searching = None;
+        }
+    }
+
+    /// The peer's network is another one: what failed may work now.
+    pub(crate) fn again(state: &mut PeerState) {
+        if !state.searches.is_busy() {
+            state.searches.tries = 0;
+            state.searches.next = None;
         }
     }
 
@@ -214,16 +248,17 @@ impl Searches {
             }
             return;
         }
-        let Some(since) = state.waits_since() else {
+        if state.session.is_none() {
             state.searches.next = None;
             return;
-        };
-        let due = state.searches.next.get_or_insert(since + AFTER);
+        }
+        let due = state.searches.next.get_or_insert(now + AFTER);
         if *due > now {
             return;
         }
-        match Self::target(state, core) {
-            None => state.searches.next = Some(now + AFTER),
+        let target = if state.may_insist(core, now, AFTER) { Self::target(state, core) } else { None };
+        match target {
+            None => state.searches.next = Some(now + AFTER / 2),
             Some(target) => Self::begin(state, core, now, target),
         }
     }
@@ -231,22 +266,26 @@ impl Searches {
     /// What a search would open to, if one makes sense and ours is the side that opens.
     fn target(state: &PeerState, core: &Core) -> Option<Target> {
         let (ours, theirs) = (core.nat_report(), state.nat?);
-        if !(ours.udp && ours.searches && theirs.udp && theirs.searches) || ours.mapping != Mapping::Varies {
+        if !(ours.udp && ours.searches && theirs.udp && theirs.searches) {
             return None;
         }
         let seen = theirs.seen?;
-        match theirs.mapping {
-            Mapping::Independent | Mapping::Open if state.searches.tries == 0 => {
-                Some(Target::One(seen, ProbeFrom::Main))
+        if ours.seen.is_some_and(|ours| ours.ip() == seen.ip()) {
+            // Behind the same router: it would have to turn packets round, which rounds of pings find out.
+            return None;
+        }
+        let first = core.own < state.peer.key;
+        match (ours.mapping, theirs.mapping) {
+            // Such a side is reached by pings, or not at all.
+            (Mapping::Open, _) => None,
+            (Mapping::Varies, Mapping::Open) => Some(Target::One(seen, ProbeFrom::Main)),
+            (Mapping::Varies, Mapping::Independent) => Some(Target::One(seen, ProbeFrom::Fresh)),
+            (Mapping::Varies, Mapping::Varies) => {
+                let low = |nat: &NatReport| nat.allocator == Allocator::Linux && nat.low_ports;
+                (low(&ours) && low(&theirs) && first).then_some(Target::Low(seen))
             }
-            Mapping::Independent | Mapping::Open => Some(Target::One(seen, ProbeFrom::Fresh)),
-            Mapping::Varies => {
-                let low = |nat: &lacis_wire::disco::traversal::NatReport| {
-                    nat.allocator == Allocator::Linux && nat.low_ports
-                };
-                (low(&ours) && low(&theirs) && core.own < state.peer.key).then_some(Target::Low(seen))
-            }
-            Mapping::Unknown => None,
+            (Mapping::Varies, Mapping::Unknown) | (_, Mapping::Varies | Mapping::Open) => None,
+            _ => first.then_some(Target::One(seen, ProbeFrom::Fresh)),
         }
     }
 
@@ -255,23 +294,29 @@ impl Searches {
             state.searches.next = Some(now + NEXT_TRY);
             return;
         }
-        if core.survey.allocator() == Allocator::Unknown {
+        let varies = core.local.mapping == Mapping::Varies;
+        if varies && core.survey.allocator() == Allocator::Unknown {
             Survey::begin(core, now);
             if core.survey.is_running() {
                 state.searches.next = Some(now + NEXT_TRY);
                 return;
             }
         }
+        let both = matches!(target, Target::Low(_));
+        let plan = Plan::of(core, both);
+        if !state.probes.take_many(now, plan.cost(both)) {
+            state.searches.next = Some(now + NEXT_TRY * 10);
+            return;
+        }
         core.searching = Some(state.peer.key);
         state.searches.next = None;
-        let both = matches!(target, Target::Low(_));
-        let plan = Plan::of(core.survey.allocator(), core.local.low_ports, both);
         let mut opener = Opener {
             search: core.rng.u32(..),
             step: Step::Fresh,
-            next: now + ANSWER,
+            next: now + ANSWER.max(state.relay_trip() * 3),
             plan,
             target,
+            at: None,
             waiting: Vec::new(),
             sockets: Vec::new(),
             hit: false,
@@ -311,10 +356,14 @@ impl Searches {
         Fresh::reflected(state, core, tx, seen);
         Prober::reflected(state, core, tx);
         if let Some(opener) = &mut state.searches.opener
-            && matches!(opener.step, Step::Counter(Some(asked)) if asked == tx)
+            && let Step::Asking(asked) = &opener.step
+            && asked.contains(&tx)
+            && let Some(following) = opener.plan.from_seen
         {
-            let latest = seen.port();
-            opener.plan.ports = latest.saturating_add(1)..=latest.saturating_add(64);
+            let port = seen.port();
+            let first = port.saturating_add(u16::from(following > 0));
+            opener.plan.ports = first..=port.saturating_add(following);
+            opener.at = Some(seen.ip());
             opener.step = Step::Opening(0);
             opener.next = now;
         }
@@ -327,7 +376,7 @@ impl Searches {
             && !opener.hit
         {
             opener.hit = true;
-            opener.next = now + ANSWER;
+            opener.next = now + HIT;
         }
         if let Some(prober) = &mut self.prober {
             prober.hit(now, socket);
@@ -346,19 +395,26 @@ impl Opener {
 
     /// True when the search is over without a result.
     fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) -> bool {
-        match self.step {
+        match &mut self.step {
             Step::Fresh | Step::Probed => return true,
             Step::Sockets if self.sockets.is_empty() => return true,
-            Step::Sockets if self.plan.counter => {
-                self.step = Step::Counter(core.reflect(self.sockets[0], 0));
-                self.next = now + ANSWER;
+            Step::Sockets if self.plan.from_seen.is_some() => {
+                self.step = Step::Asking(core.reflect(self.sockets[0], 0).into_iter().collect());
+                self.next = now + ASK_AGAIN;
             }
-            Step::Counter(_) => return true,
+            Step::Asking(asked) if asked.len() >= ASKS => return true,
+            Step::Asking(asked) => {
+                asked.extend(core.reflect(self.sockets[0], asked.len()));
+                self.next = now + if asked.len() < ASKS { ASK_AGAIN } else { LAST_ANSWER };
+            }
             Step::Sockets => {
                 self.step = Step::Opening(0);
                 self.send(state, core, now, 0);
             }
-            Step::Opening(at) => self.send(state, core, now, at),
+            Step::Opening(at) => {
+                let at = *at;
+                self.send(state, core, now, at);
+            }
         }
         false
     }
@@ -394,7 +450,8 @@ impl Opener {
             self.next = now + TICK;
             return;
         }
-        let Some(seen) = core.local.seen_v4 else {
+        let main = core.local.seen_v4.map(|seen| IpAddr::V4(*seen.ip()));
+        let Some(IpAddr::V4(at)) = self.at.or(main) else {
             self.next = now;
             self.step = Step::Probed;
             return;
@@ -404,10 +461,11 @@ impl Opener {
             Target::Low(_) => ProbeFrom::Low(LOW_PAIR),
         };
         let (search, ports) = (self.search, vec![self.plan.ports.clone()]);
-        core.tell(state.peer.key, Traversal::Probe { search, from, at: *seen.ip(), ports });
+        core.tell(state.peer.key, Traversal::Probe { search, from, at, ports });
         let sockets = if matches!(self.target, Target::Low(_)) { u32::from(LOW_PAIR) } else { 1 };
         self.step = Step::Probed;
-        self.next = now + Duration::from_millis(u64::from(self.plan.probes() * sockets)) + ANSWER * 2;
+        let probing = Duration::from_millis(u64::from(self.plan.probes() * sockets));
+        self.next = now + probing + (ANSWER * 2).max(state.relay_trip() * 4);
     }
 
     fn close(self, state: &mut PeerState, core: &mut Core) {
@@ -417,13 +475,13 @@ impl Opener {
     }
 }
 
-/// Closes a socket, unless the peer was heard on it.
-pub(crate) fn close_unused(state: &PeerState, core: &mut Core, socket: SocketId) {
-    let heard = state.ways.keys().any(|way| way.socket == socket);
+/// Closes a socket, unless it is a way to the peer: then it is only swept when nobody uses it any more.
+pub(crate) fn close_unused(state: &mut PeerState, core: &mut Core, socket: SocketId) {
     if socket == SocketId::MAIN {
-    } else if heard {
+    } else if state.works_from(socket) {
         core.release(socket);
     } else {
         core.close_socket(socket);
+        state.socket_gone(core, socket);
     }
 }

@@ -14,6 +14,8 @@ const ORDINARY: usize = 5;
 /// An unanswered question is asked again, so often.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 const ASKS: u32 = 3;
+/// The answer to the last one may take so long.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// What is known is believed so long.
 const FRESH: Duration = Duration::from_mins(10);
 /// Linux maps source ports 512-1023 here.
@@ -121,7 +123,7 @@ impl Survey {
             Self::conclude(core, now);
             return;
         }
-        core.survey.next = Some(now + ASK_AGAIN);
+        core.survey.next = Some(now + if core.survey.asked + 1 < ASKS { ASK_AGAIN } else { LAST_ANSWER });
         let silent: Vec<_> = core
             .survey
             .questions

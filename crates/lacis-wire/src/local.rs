@@ -4,6 +4,8 @@
 //! calling work unchanged (the client dossier, section 12). HTTP/1.1 under [`PREFIX`]; what is ours alone is under
 //! [`OWN_PREFIX`]. Lists may be `null`; absent times are Go's zero time.
 
+mod path;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,6 +17,8 @@ use time::OffsetDateTime;
 use crate::control::json::{is_default, nullable, optional_time};
 use crate::control::{CapMap, DerpMap, DnsRecord, Node, NodeId, UserId, UserProfile};
 use crate::key::NodeKey;
+
+pub use path::{NatStatus, PathReport, PathTried};
 
 /// Where the daemon of an installed system listens.
 pub const DEFAULT_SOCKET: &str = "/run/lacis/lacisd.sock";

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use lacis_wire::local::PingResult;
+use http::Method;
+use lacis_wire::local::{self, NatStatus, PathReport, PathTried, PingResult};
 use tokio::time::{sleep, timeout};
 
 use super::{Daemon, meant, short_name};
@@ -31,6 +32,12 @@ pub(crate) struct Ping {
     /// By an ICMP echo through the tunnel
     #[arg(long)]
     icmp: bool,
+    /// Afterwards say in words how the peer is reached, why not directly, and what would help
+    #[arg(long)]
+    why: bool,
+    /// With --why: only the report, as JSON
+    #[arg(long, requires = "why")]
+    json: bool,
     /// Print more
     #[arg(long)]
     verbose: bool,
@@ -73,7 +80,18 @@ impl Ping {
         if self.verbose {
             eprintln!("lookup {:?} => {ip} ({name})", self.target);
         }
-        Ok(self.tries(daemon, &ip).await?)
+        if !self.why {
+            return Ok(self.tries(daemon, &ip).await?);
+        }
+        let result = if self.json { Ok(()) } else { self.tries(daemon, &ip).await };
+        let path = format!("{}why?ip={}", local::OWN_PREFIX, escaped(&ip));
+        let report: PathReport = daemon.0.json(Method::GET, &path, Vec::new()).await?;
+        if self.json {
+            output::json(&report)?;
+        } else {
+            lines(&report).into_iter().for_each(output::line);
+        }
+        Ok(result?)
     }
 
     async fn tries(&self, daemon: &Daemon, ip: &str) -> anyhow::Result<()> {
@@ -128,6 +146,58 @@ fn pong(result: &PingResult, kind: &str) -> String {
     format!("pong from {} ({}) via {via} in {ms} ms", result.node_name, result.node_ip)
 }
 
+/// The report for people.
+fn lines(report: &PathReport) -> Vec<String> {
+    let via = match (&report.address, report.path.as_str()) {
+        (Some(address), "direct") => format!("directly at {address}"),
+        (Some(address), _) => {
+            format!("at {address} and through the relay {}, until one is proven", report.relay)
+        }
+        (None, "relay") => format!("through the relay {}", report.relay),
+        (None, _) => "by no path at all".to_owned(),
+    };
+    let mut lines = vec![String::new(), format!("{} is reached {via}.", report.peer)];
+    lines.extend(report.reasons.iter().map(|reason| format!("  why: {reason}")));
+    lines.extend(report.remedies.iter().map(|remedy| format!("  what helps: {remedy}")));
+    lines.push(format!("  NAT here: {}", nat(&report.own_nat)));
+    lines.push(match &report.peer_nat {
+        Some(status) => format!("  NAT at {}: {}", report.peer, nat(status)),
+        None => format!("  NAT at {}: not told", report.peer),
+    });
+    lines.extend(report.tried.iter().map(|tried| format!("  {}", tried_line(tried))));
+    if report.probes > 0 {
+        lines.push(format!("  searching ports took {} packets", report.probes));
+    }
+    lines
+}
+
+fn nat(status: &NatStatus) -> String {
+    if !status.udp {
+        return "no UDP passes".to_owned();
+    }
+    let mut text = match status.mapping.as_str() {
+        "none" => "none".to_owned(),
+        "endpoint-independent" => "the same port for all destinations".to_owned(),
+        "varies" if status.allocator.is_empty() => "another port for every destination".to_owned(),
+        "varies" => format!("another port for every destination ({})", status.allocator),
+        _ => "not known yet".to_owned(),
+    };
+    if let Some(seen) = status.seen {
+        text = format!("{text}, seen at {seen}");
+    }
+    text
+}
+
+fn tried_line(tried: &PathTried) -> String {
+    let from = if tried.extra_socket { " (from a port of its own)" } else { "" };
+    let result = match (tried.answered_ago, tried.too_small) {
+        (Some(_), true) => "answers, but datagrams of full size do not pass".to_owned(),
+        (Some(ago), false) => format!("answered {ago:.0} s ago"),
+        (None, _) => format!("{} pings, no answer", tried.unanswered),
+    };
+    format!("{}{from}: {result}", tried.address)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,5 +215,36 @@ mod tests {
         assert_eq!(pong(&result, "TSMP"), "pong from bob (100.64.0.2) via TSMP in 3 ms");
         let direct = PingResult { endpoint: "192.0.2.1:41641".into(), ..result };
         assert_eq!(pong(&direct, "disco"), "pong from bob (100.64.0.2) via 192.0.2.1:41641 in 3 ms");
+    }
+
+    #[test]
+    fn a_relayed_peer_is_explained() {
+        let report = PathReport {
+            peer: "bob".into(),
+            path: "relay".into(),
+            relay: "home".into(),
+            own_nat: NatStatus { udp: true, mapping: "varies".into(), ..NatStatus::default() },
+            tried: vec![PathTried {
+                address: "192.0.2.1:41641".parse().unwrap(),
+                extra_socket: false,
+                unanswered: 4,
+                answered_ago: None,
+                too_small: false,
+            }],
+            reasons: vec!["the NAT in front of the peer is difficult".into()],
+            remedies: vec!["map a port".into()],
+            ..PathReport::default()
+        };
+        let text = lines(&report).join("\n");
+        for part in [
+            "bob is reached through the relay home.",
+            "why: the NAT in front of the peer is difficult",
+            "what helps: map a port",
+            "NAT here: another port for every destination",
+            "NAT at bob: not told",
+            "192.0.2.1:41641: 4 pings, no answer",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lacis_tunnel::{Filter, Path, PeerConfig, Way};
+use lacis_tunnel::{Filter, PeerConfig};
 use lacis_wire::control::{MapResponse, Node};
 use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::{Notify, Prefs};
@@ -132,12 +132,14 @@ impl Engine {
         }
         self.netcheck.set_on(on);
         if on {
+            self.tell_local();
             self.apply_all();
             self.measure(true);
         } else {
             self.host_ready = false;
             self.relays.set_identity(None);
             self.tunnel.set_peers(Vec::new());
+            self.path_input(lacis_path::Input::Peers(Vec::new()));
             self.tunnel.set_filter(Arc::new(Filter::compile(&[], &[])));
             self.apply_dns();
             self.host.wish(None);
@@ -150,6 +152,7 @@ impl Engine {
             self.relays.set_identity(Some(key.clone()));
             if changes.node {
                 self.tunnel.set_identity(key.clone());
+                self.paths.set_own_key(key.public());
             }
         }
         if changes.node {
@@ -182,7 +185,7 @@ impl Engine {
         }
     }
 
-    fn apply_peers(&self) {
+    fn apply_peers(&mut self) {
         let Some(map) = &self.map else { return };
         let now = OffsetDateTime::now_utc() + self.session.clock_offset;
         let live = || map.peers.values().filter(|node| !is_expired(node, now) && !node.key.is_zero());
@@ -195,13 +198,15 @@ impl Engine {
             persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
         };
         self.tunnel.set_peers(live().map(config).collect());
-        for node in live() {
-            let path = match node.endpoints.first() {
-                Some(endpoint) if node.is_wireguard_only => Path::Direct(Way::main(*endpoint)),
-                _ => Path::Relay,
-            };
-            self.tunnel.set_path(node.key, path);
-        }
+        let place = |node: &Arc<Node>| lacis_path::Peer {
+            key: node.key,
+            disco: node.disco_key.is_some(),
+            home: node.home_derp,
+            endpoints: node.endpoints.clone(),
+            wireguard_only: node.is_wireguard_only,
+        };
+        let peers = live().map(place).collect();
+        self.tell_peers(peers);
     }
 
     fn apply_filter(&self) {

@@ -78,7 +78,7 @@ impl Engine {
         }
     }
 
-    fn region_code_or_empty(&self, region: u16) -> String {
+    pub(super) fn region_code_or_empty(&self, region: u16) -> String {
         if region == 0 { String::new() } else { self.region_code(region) }
     }
 
@@ -99,6 +99,10 @@ impl Engine {
             allowed_ips: Some(node.allowed_ips().to_vec()),
             tags: some(&node.tags),
             primary_routes: (!node.primary_routes.is_empty()).then(|| node.primary_routes.clone()),
+            cur_addr: match self.paths.path(&node.key) {
+                lacis_path::Path::Direct(way) => way.addr.to_string(),
+                _ => String::new(),
+            },
             relay: self.region_code_or_empty(node.home_derp),
             rx_bytes: stats.rx_bytes,
             tx_bytes: stats.tx_bytes,

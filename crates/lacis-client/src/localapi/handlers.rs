@@ -134,6 +134,16 @@ pub(super) async fn ping(
     Ok(Json(ask(&api, |reply| Command::Ping { ip, kind, reply }).await?).into_response())
 }
 
+#[derive(Debug, Deserialize)]
+pub(super) struct WhyQuery {
+    ip: IpAddr,
+}
+
+pub(super) async fn why(State(api): State<Api>, Query(query): Query<WhyQuery>) -> Result<Response, Response> {
+    let report = ask(&api, |reply| Command::Why { ip: query.ip, reply }).await?;
+    Ok(Json(report.map_err(|why| error(StatusCode::NOT_FOUND, &why))?).into_response())
+}
+
 pub(super) async fn netcheck(State(api): State<Api>) -> Result<Response, Response> {
     let report = ask(&api, |reply| Command::Netcheck { reply }).await?;
     Ok(Json(report.map_err(|why| error(StatusCode::SERVICE_UNAVAILABLE, why))?).into_response())
