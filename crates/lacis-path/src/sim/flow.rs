@@ -64,7 +64,9 @@ pub(super) struct Flow {
     first_answer: Option<Duration>,
     /// The last answer, or when it became possible to have one.
     heard: Option<Duration>,
+    /// When ways may have died last, and when they did so unnoticed.
     killed: Option<Duration>,
+    unnoticed: Option<Duration>,
     /// Both paths were direct, and nothing has happened to them since.
     proven: bool,
     last_change: Duration,
@@ -88,6 +90,7 @@ impl Flow {
             first_answer: None,
             heard: None,
             killed: None,
+            unnoticed: None,
             proven: false,
             last_change,
             direct_first: None,
@@ -112,7 +115,7 @@ impl Flow {
         self.began.get_or_insert(now);
         if relayed || self.proven {
             let since = *self.heard.get_or_insert(now);
-            let dead = self.killed.is_some_and(|at| at + MOST_SILENCE_AFTER_DEATH > since);
+            let dead = self.unnoticed.is_some_and(|at| at + MOST_SILENCE_AFTER_DEATH > since);
             let allowed = if dead { MOST_SILENCE_AFTER_DEATH } else { MOST_SILENCE };
             let lasted = now.saturating_sub(since);
             if lasted > allowed && self.silence.is_none_or(|worst| worst.since == since) {
@@ -151,8 +154,9 @@ impl Flow {
     pub(super) fn killed(&mut self, now: Duration, noticed: bool) {
         self.proven = false;
         self.direct_since = None;
+        self.killed = Some(now);
         if !noticed {
-            self.killed = Some(now);
+            self.unnoticed = Some(now);
         }
     }
 
