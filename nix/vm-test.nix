@@ -12,7 +12,18 @@
   ...
 }:
 let
-  topology = fromTOML (builtins.readFile (scenario + "/topology.toml"));
+  written = fromTOML (builtins.readFile (scenario + "/topology.toml"));
+  # The services that virtual machines can run; optional hosts with others are left out.
+  ours = [
+    "coordinator"
+    "relay"
+    "lacisd"
+  ];
+  topology = written // {
+    hosts = lib.filterAttrs (
+      _: host: !(host.optional or false) || lib.subtractLists ours (host.services or [ ]) == [ ]
+    ) written.hosts;
+  };
   sites = topology.sites or { };
   internet = 1;
   hex = number: lib.toLower (lib.toHexString number);
@@ -76,6 +87,7 @@ let
   ruleset =
     site:
     lib.removePrefix "flush ruleset\n" (builtins.readFile (nat + "/${site.nat or "cone"}.nft"))
+    + lib.optionalString (site ? mtu) (builtins.readFile (nat + "/clamp-mss.nft"))
     + lib.concatMapStrings (block: builtins.readFile (nat + "/block-${block}.nft")) (site.block or [ ]);
   nat = ../crates/lacis-lab/nat;
 
@@ -253,7 +265,7 @@ let
     { pkgs, lib, ... }:
     let
       services = host.services or [ ];
-      unknown = lib.subtractLists [ "coordinator" "relay" "lacisd" ] services;
+      unknown = lib.subtractLists ours services;
     in
     {
       imports = [
@@ -295,11 +307,14 @@ let
       );
       networking.firewall.enable = false;
       security.pki.certificateFiles = [ "${pki}/ca.pem" ];
-      environment.systemPackages = with pkgs; [
-        python3
-        dig
-        curl
-      ];
+      environment.systemPackages =
+        with pkgs;
+        [
+          python3
+          dig
+          curl
+        ]
+        ++ map (program: pkgs.${program}) (topology.needs or [ ]);
       environment.etc = lib.mkMerge [
         (lib.mapAttrs' (path: text: lib.nameValuePair (lib.removePrefix "/etc/" path) { inherit text; }) (
           host.files or { }

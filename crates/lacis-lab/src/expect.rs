@@ -34,13 +34,15 @@ pub struct Expect {
 }
 
 impl Expect {
+    /// The hosts of all sides.
+    pub fn hosts(&self) -> impl Iterator<Item = String> {
+        self.sides.iter().flat_map(|side| ["a", "b"].map(|end| format!("{side}-{end}")))
+    }
+
     /// Checks that all hosts are there and that no pair is missing.
     pub fn check(&self, hosts: &BTreeSet<&str>) -> Result<()> {
-        for side in &self.sides {
-            for end in ["a", "b"] {
-                let name = format!("{side}-{end}");
-                ensure!(hosts.contains(name.as_str()), "there is no host {name}");
-            }
+        for name in self.hosts() {
+            ensure!(hosts.contains(name.as_str()), "there is no host {name}");
         }
         self.check_table("lacisd", &self.lacisd)?;
         for (name, table) in [("tailscaled", &self.tailscaled), ("mixed", &self.mixed)] {

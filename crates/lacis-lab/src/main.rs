@@ -19,6 +19,8 @@ struct Arguments {
 enum Command {
     /// Run a scenario
     Run(run::Arguments),
+    /// Measure: run a scenario of benches/
+    Bench(run::BenchArguments),
     /// Measure every pair of NAT kinds and print the table
     Matrix(matrix::Arguments),
     /// Open a shell on a host of a run that was kept up
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     sys::end_with_reader();
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Bench(arguments) => run::bench(&arguments),
         Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Shell(arguments) => shell::shell(&arguments),
         Command::Load(arguments) => load::run(&arguments),

@@ -8,13 +8,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::run::{How, Outcome, Scenario, Strangers};
+use crate::run::{self, How, Outcome, Scenario, Strangers};
 use crate::topology::{Service, Topology};
 
 /// How many runs of a pair must come out as expected: a search among ports succeeds often, not always.
@@ -164,7 +164,7 @@ fn quantile(values: &[f64], part: f64) -> Option<f64> {
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let folder = match &arguments.scenario {
         Some(folder) => folder.clone(),
-        None => project()?.join("tests/nat-matrix"),
+        None => run::project()?.join("tests/nat-matrix"),
     };
     let mut kinds = vec![Clients::Lacisd];
     if arguments.strangers.peers.is_some() || !arguments.strangers.peer.is_empty() {
@@ -173,7 +173,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut scenarios = Vec::new();
     for clients in kinds {
         let topology = variant(Topology::load(&folder)?, clients, &arguments.only)?;
-        let Some(scenario) = Scenario::prepare(&folder, &topology, &arguments.strangers)? else {
+        let Some(scenario) = Scenario::prepare(&folder, topology, &arguments.strangers)? else {
             bail!("the matrix needs it");
         };
         scenarios.push((clients, scenario));
@@ -228,21 +228,13 @@ fn once(scenario: &Scenario, clients: Clients, number: u32, arguments: &Argument
     Ok(measured)
 }
 
-/// The project that this program was built in.
-fn project() -> Result<PathBuf> {
-    let own = std::env::current_exe().context("where is this program?")?;
-    let project = own.ancestors().nth(3).map(Path::to_owned);
-    project.context("this program is in no target folder: say which scenario with --scenario")
-}
-
 /// The topology with other clients, and only with what some sides need.
 fn variant(mut topology: Topology, clients: Clients, only: &[String]) -> Result<Topology> {
     let mut expect = topology.expect.take().context("this topology has no table [expect]")?;
-    let host_of = |side: &String| [format!("{side}-a"), format!("{side}-b")];
     if !only.is_empty() {
         let kept = expect.only(only)?;
-        let dropped = expect.sides.iter().filter(|side| !kept.sides.contains(side));
-        for name in dropped.flat_map(host_of) {
+        let hosts: BTreeSet<String> = kept.hosts().collect();
+        for name in expect.hosts().filter(|name| !hosts.contains(name)) {
             topology.hosts.remove(&name);
         }
         let mut used = BTreeSet::new();
@@ -256,7 +248,7 @@ fn variant(mut topology: Topology, clients: Clients, only: &[String]) -> Result<
         topology.sites.retain(|name, _| used.contains(name));
         expect = kept;
     }
-    for (number, name) in expect.sides.iter().flat_map(host_of).enumerate() {
+    for (number, name) in expect.hosts().enumerate() {
         let replaced =
             clients == Clients::Tailscaled || (clients == Clients::Mixed && !number.is_multiple_of(2));
         let Some(host) = topology.hosts.get_mut(&name).filter(|_| replaced) else { continue };

@@ -130,10 +130,11 @@ impl Block {
     }
 }
 
-/// The whole rule set of one router, in nft's language.
-pub fn ruleset(kind: NatKind, block: &[Block]) -> String {
+/// The whole rule set of one router, in nft's language; one with a `narrow` uplink makes TCP fit it.
+pub fn ruleset(kind: NatKind, block: &[Block], narrow: bool) -> String {
+    let clamp = if narrow { include_str!("../nat/clamp-mss.nft") } else { "" };
     let blocked: String = block.iter().map(|block| block.rules()).collect();
-    kind.rules().to_owned() + &blocked
+    kind.rules().to_owned() + clamp + &blocked
 }
 
 #[cfg(test)]
@@ -142,23 +143,23 @@ mod tests {
 
     #[test]
     fn a_cone_drops_strangers_on_its_own_address_and_forwards_only_answers() {
-        let text = ruleset(NatKind::Cone, &[]);
+        let text = ruleset(NatKind::Cone, &[], false);
         assert!(text.contains("masquerade\n"));
         assert!(text.contains("hook input") && text.contains("policy drop"));
     }
 
     #[test]
     fn every_blocking_is_a_table_beside_the_router_s() {
-        let text = ruleset(NatKind::Symmetric, &[Block::Udp, Block::Fragments]);
+        let text = ruleset(NatKind::Symmetric, &[Block::Udp, Block::Fragments], true);
         assert!(text.starts_with("flush ruleset\n"));
-        for table in ["ip nat", "inet router", "inet block-udp", "inet block-fragments"] {
+        for table in ["ip nat", "inet router", "inet clamp-mss", "inet block-udp", "inet block-fragments"] {
             assert!(text.contains(&format!("\ntable {table} {{\n")), "{table}");
         }
     }
 
     #[test]
     fn a_router_that_maps_ports_has_the_chains_that_its_service_is_told() {
-        let text = ruleset(NatKind::PortMapping, &[]);
+        let text = ruleset(NatKind::PortMapping, &[], false);
         let config = include_str!("../units/miniupnpd.conf");
         for line in config.lines().filter(|line| line.starts_with("upnp_")) {
             let (key, name) = line.split_once('=').unwrap();
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn an_open_router_translates_nothing() {
-        let text = ruleset(NatKind::Open, &[]);
+        let text = ruleset(NatKind::Open, &[], false);
         assert!(!text.contains("table ip nat") && text.contains("policy accept"));
     }
 }

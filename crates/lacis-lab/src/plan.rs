@@ -278,7 +278,7 @@ fn router(number: usize, name: &str, site: &Site, inside: &BTreeMap<&str, Inside
         also: None,
         lan,
         mtu: site.mtu,
-        ruleset: Some(nat::ruleset(site.nat, &site.block)),
+        ruleset: Some(nat::ruleset(site.nat, &site.block, site.mtu.is_some())),
         words,
         names: Vec::new(),
         units: services,
@@ -512,6 +512,7 @@ mod tests {
             ["default via 192.0.2.1 dev wan onlink mtu 1420"]
         );
         assert_eq!(plan.nodes["x"].uplink.clone().unwrap().routes, ["default via 192.168.1.1 dev eth0"]);
+        assert!(plan.nodes["a"].ruleset.clone().unwrap().contains("maxseg size set rt mtu"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `lacis-lab run`: finds programs, makes namespaces, runs a scenario in them, and says how it went.
+//! `lacis-lab run` and `bench`: finds programs, makes namespaces, runs a scenario in them, and says how it went.
 
 #![allow(clippy::print_stdout)] // What it says is for the person who runs it.
 
@@ -33,6 +33,22 @@ const SYSTEM_PATHS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 pub struct Arguments {
     /// The scenario's folder, such as tests/demo
     pub scenario: PathBuf,
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// What the command line says of a scenario in `benches/`.
+#[derive(Debug, clap::Args)]
+pub struct BenchArguments {
+    /// What to measure, such as tunnel (a folder of benches/, or a path)
+    pub name: String,
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// How a scenario is run.
+#[derive(Debug, clap::Args)]
+pub struct Options {
     /// Leave everything up after the script, until Ctrl-C
     #[arg(long)]
     pub keep: bool,
@@ -64,8 +80,26 @@ fn parse_peer(text: &str) -> Result<(String, PathBuf), String> {
 
 /// Runs a scenario as often as asked.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let topology = Topology::load(&arguments.scenario)?;
-    let Some(scenario) = Scenario::prepare(&arguments.scenario, &topology, &arguments.strangers)? else {
+    run_folder(&arguments.scenario, &arguments.options)
+}
+
+/// Runs a scenario of `benches/`, by its bare name or as [`run`] does.
+pub fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
+    let path = PathBuf::from(&arguments.name);
+    let folder = if arguments.name.contains('/') { path } else { project()?.join("benches").join(path) };
+    run_folder(&folder, &arguments.options)
+}
+
+/// The project that this program was built in.
+pub fn project() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("where is this program?")?;
+    let project = own.ancestors().nth(3).map(Path::to_owned);
+    project.context("this program is in no target folder: say where the scenario is by its path")
+}
+
+fn run_folder(folder: &Path, arguments: &Options) -> Result<ExitCode> {
+    let topology = Topology::load(folder)?;
+    let Some(scenario) = Scenario::prepare(folder, topology, &arguments.strangers)? else {
         return Ok(ExitCode::SUCCESS);
     };
     let name = &scenario.plan.name;
@@ -124,8 +158,9 @@ pub struct Outcome {
 
 impl Scenario {
     /// Finds programs and plans addresses for a folder's script and a topology, which need not be the folder's own.
-    /// Says `SKIPPED` and gives nothing if a stranger's program is missing.
-    pub fn prepare(folder: &Path, topology: &Topology, strangers: &Strangers) -> Result<Option<Self>> {
+    /// Without a program that is neither the project's nor every machine's, optional hosts are left out; says
+    /// `SKIPPED` and gives nothing if one is missing even so.
+    pub fn prepare(folder: &Path, mut topology: Topology, strangers: &Strangers) -> Result<Option<Self>> {
         let folder =
             fs::canonicalize(folder).with_context(|| format!("there is no scenario {}", folder.display()))?;
         let name = folder
@@ -138,18 +173,25 @@ impl Scenario {
         let release = own.parent().context("this program is in no folder")?.to_owned();
 
         extend_path();
-        let (peers, missing) = find_strangers(strangers, topology)?;
+        let peers = find_strangers(strangers, &topology)?;
+        let all = topology.services();
+        let left_out = topology.leave_out(|service| missing_for(service, &peers).next().is_some());
+        if !left_out.is_empty() {
+            let missing: Vec<String> = all.iter().flat_map(|service| missing_for(*service, &peers)).collect();
+            println!("without {}: needs {}", left_out.join(", "), missing.join(", "));
+        }
+        let missing = missing(&topology, &peers);
         if !missing.is_empty() {
             println!("SKIPPED {name}: needs {}", missing.join(", "));
             return Ok(None);
         }
-        check_system(topology)?;
-        let mut programs = own_programs(&release, topology, &peers)?;
+        check_system(&topology)?;
+        let mut programs = own_programs(&release, &topology, &peers)?;
         programs.insert("lacis-lab".to_owned(), own.clone());
         programs.extend(peers);
-        programs.extend(build_programs(&folder, topology)?);
-        let plan = Plan::new(&name, topology)?;
-        let (names_by_dns, expect) = (topology.names_by_dns, topology.expect.clone());
+        programs.extend(build_programs(&folder, &topology)?);
+        let plan = Plan::new(&name, &topology)?;
+        let (names_by_dns, expect) = (topology.names_by_dns, topology.expect);
         Ok(Some(Self { plan, own, release, folder, programs, names_by_dns, expect }))
     }
 
@@ -177,11 +219,8 @@ impl Scenario {
     }
 }
 
-/// Strangers' programs by name, and what is missing, in words.
-fn find_strangers(
-    strangers: &Strangers,
-    topology: &Topology,
-) -> Result<(BTreeMap<String, PathBuf>, Vec<String>)> {
+/// Strangers' programs by name: all that were given one by one, and those of the topology's services that there are.
+fn find_strangers(strangers: &Strangers, topology: &Topology) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
     for (name, path) in &strangers.peer {
         let path = fs::canonicalize(path).with_context(|| format!("--peer {name}={}", path.display()))?;
@@ -193,29 +232,37 @@ fn find_strangers(
         }
         None => None,
     };
-    let mut missing = Vec::new();
     for service in topology.services() {
-        for program in service.peer_programs() {
-            let path = folder.as_ref().map(|folder| folder.join(program)).filter(|path| path.is_file());
-            match path {
-                _ if found.contains_key(*program) => {}
-                Some(path) => {
-                    found.insert((*program).to_owned(), path);
-                }
-                None => missing.push(format!("{program} (--peers DIR, or --peer {program}=PATH)")),
-            }
-        }
-        for (program, package) in service.system_programs() {
-            match find_tool(program) {
-                _ if found.contains_key(*program) => {}
-                Some(path) => {
-                    found.insert((*program).to_owned(), path);
-                }
-                None => missing.push(format!("{program} (./scripts/setup; Debian package {package})")),
+        let given = service.peer_programs().iter().map(|program| {
+            (program, folder.as_ref().map(|folder| folder.join(program)).filter(|path| path.is_file()))
+        });
+        let installed = service.system_programs().iter().map(|(program, _)| (program, find_tool(program)));
+        for (program, path) in given.chain(installed) {
+            if let Some(path) = path {
+                found.entry((*program).to_owned()).or_insert(path);
             }
         }
     }
-    Ok((found, missing))
+    Ok(found)
+}
+
+/// What a service needs and was not found, in words.
+fn missing_for(service: Service, found: &BTreeMap<String, PathBuf>) -> impl Iterator<Item = String> {
+    let given = service
+        .peer_programs()
+        .iter()
+        .map(|program| (*program, format!("{program} (--peers DIR, or --peer {program}=PATH)")));
+    let installed = service.system_programs().iter().map(|(program, package)| {
+        (*program, format!("{program} (./scripts/setup; Debian package {package})"))
+    });
+    given.chain(installed).filter(|(program, _)| !found.contains_key(*program)).map(|(_, words)| words)
+}
+
+/// What a scenario needs and was not found, in words.
+fn missing(topology: &Topology, found: &BTreeMap<String, PathBuf>) -> Vec<String> {
+    let services = topology.services().into_iter().flat_map(|service| missing_for(service, found));
+    let needs = topology.needs.iter().filter(|program| find_tool(program).is_none());
+    services.chain(needs.map(|program| format!("{program} (Debian package {program})"))).collect()
 }
 
 /// The project's programs, from where this one was built; another build may be given as a peer.

@@ -46,6 +46,9 @@ pub struct Topology {
     pub sites: BTreeMap<String, Site>,
     /// Machines.
     pub hosts: BTreeMap<String, Host>,
+    /// Programs of the system that the script calls and not every machine has, named as their Debian packages are.
+    #[serde(default)]
+    pub needs: Vec<String>,
     /// Whether names are found only by the internet's name server, not in each host's /etc/hosts.
     #[serde(default)]
     pub names_by_dns: bool,
@@ -73,7 +76,7 @@ pub struct Site {
     /// Whether hosts inside have IPv6 addresses too (behind a stateful firewall).
     #[serde(default)]
     pub ipv6: bool,
-    /// The biggest packet that its uplink carries, in bytes, both ways; 1500 without it.
+    /// The biggest packet that its uplink carries, in bytes, both ways; 1500 without it. TCP is made to fit.
     pub mtu: Option<u16>,
 }
 
@@ -93,6 +96,9 @@ pub struct Host {
     /// What it is made of.
     #[serde(default)]
     pub kind: HostKind,
+    /// Whether the scenario goes on without it where a program that it needs is missing.
+    #[serde(default)]
+    pub optional: bool,
     /// The site it is in; without one it is on the internet.
     pub site: Option<String>,
     /// A site that a second link (`eth1`) leads to, with a default route of a higher metric: what a machine roams to.
@@ -256,6 +262,8 @@ impl Topology {
                     "hosts.{name}: `address` and `ipv6` are for hosts on the internet; this one is in site {site}"
                 );
             }
+            let side = self.expect.as_ref().is_some_and(|expect| expect.hosts().any(|side| side == *name));
+            ensure!(!host.optional || !side, "hosts.{name}: a side of `expect` cannot be optional");
             if let Some(also) = &host.also {
                 ensure!(self.sites.contains_key(also), "hosts.{name}.also: there is no site {also}");
                 ensure!(host.site.as_ref() != Some(also), "hosts.{name}.also: it is in {also} already");
@@ -293,6 +301,14 @@ impl Topology {
             behind = site.behind.as_deref();
         }
         Ok(())
+    }
+
+    /// Takes out the optional hosts with a service that is `lacking` something; their names.
+    pub fn leave_out(&mut self, lacking: impl Fn(Service) -> bool) -> Vec<String> {
+        let gone = self
+            .hosts
+            .extract_if(.., |_, host| host.optional && host.services.iter().any(|service| lacking(*service)));
+        gone.map(|(name, _)| name).collect()
     }
 
     /// The services of all hosts and routers, each once.
@@ -334,6 +350,16 @@ mod tests {
     }
 
     #[test]
+    fn optional_hosts_go_when_a_program_of_theirs_is_missing() {
+        let text = "description = \"x\"\n[hosts.a]\noptional = true\nservices = [\"tailscaled\"]\n\
+            [hosts.b]\noptional = true\nservices = [\"lacisd\"]\n[hosts.c]\nservices = [\"tailscaled\"]\n";
+        let mut topology = Topology::parse(text).unwrap();
+        assert_eq!(topology.leave_out(|service| service == Service::Tailscaled), ["a"]);
+        assert_eq!(topology.hosts.keys().collect::<Vec<_>>(), ["b", "c"]);
+        assert!(topology.leave_out(|_| false).is_empty());
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (text, want) in [
             ("description = \"x\"\n[hosts.a]\nsite = \"b\"\n", "there is no site b"),
@@ -355,6 +381,10 @@ mod tests {
             (
                 "description = \"x\"\n[sites.a]\n[sites.b]\nnat = \"port-mapping\"\nbehind = \"a\"\n[hosts.h]\n",
                 "need addresses of the internet",
+            ),
+            (
+                "description = \"x\"\n[hosts.a-a]\noptional = true\n[expect]\nsides = [\"a\"]\nlacisd = {}\n",
+                "cannot be optional",
             ),
             ("description = \"x\"\n[hosts.a-a]\n[expect]\nsides = [\"a\"]\nlacisd = {}\n", "no host a-b"),
         ] {
