@@ -27,7 +27,7 @@ in
       type = lib.types.port;
       default = 41641;
       example = 0;
-      description = "UDP port of the tunnel; 0 lets the kernel choose.";
+      description = "UDP port of the tunnel; 0 is the one used last, or any.";
     };
 
     openFirewall = lib.mkOption {
@@ -35,6 +35,33 @@ in
       default = false;
       example = true;
       description = "Whether to open the tunnel's UDP port. Not needed to be reachable: it only makes direct paths likelier.";
+    };
+
+    endpoints = lib.mkOption {
+      type = lib.types.listOf (lib.types.strMatching "([0-9.]+|\\[[0-9a-fA-F:]+]):[0-9]+");
+      default = [ ];
+      example = [
+        "198.51.100.7:41641"
+        "[2001:db8::7]:41641"
+      ];
+      description = "Addresses at which peers can reach this node, such as a port that a router forwards. The others are found out.";
+    };
+
+    portMapping = lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      example = false;
+      description = "Whether to ask the router to map the tunnel's UDP port (UPnP, NAT-PMP, PCP).";
+    };
+
+    portSearch = lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      example = false;
+      description = ''
+        Whether to search for the ports of NATs that use another one for every destination: some hundred small packets each
+        time. To be turned off on metered networks. No peer searches together with a node where it is off.
+      '';
     };
 
     trustInterface = lib.mkOption {
@@ -103,17 +130,27 @@ in
       ++ lib.optional config.networking.resolvconf.enable config.networking.resolvconf.package;
       serviceConfig.ExecStart = [
         ""
-        (utils.escapeSystemdExecArgs [
-          (lib.getExe' cfg.package "lacisd")
-          "--state-dir"
-          "/var/lib/lacis"
-          "--socket"
-          "/run/lacis/lacisd.sock"
-          "--tun"
-          cfg.interface
-          "--port"
-          (toString cfg.port)
-        ])
+        (utils.escapeSystemdExecArgs (
+          [
+            (lib.getExe' cfg.package "lacisd")
+            "--state-dir"
+            "/var/lib/lacis"
+            "--socket"
+            "/run/lacis/lacisd.sock"
+            "--tun"
+            cfg.interface
+            "--port"
+            (toString cfg.port)
+            "--port-mapping"
+            (lib.boolToString cfg.portMapping)
+            "--port-search"
+            (lib.boolToString cfg.portSearch)
+          ]
+          ++ lib.concatMap (endpoint: [
+            "--endpoint"
+            endpoint
+          ]) cfg.endpoints
+        ))
       ];
     };
 
