@@ -8,7 +8,6 @@ use lacis_wire::control::endpoint_type::{EXPLICIT, LOCAL, PORT_MAPPED, STUN, STU
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::Handle;
-use tokio_util::task::AbortOnDropHandle;
 
 /// Control servers cut long lists; ours stays far below.
 const MOST: usize = 32;
@@ -31,26 +30,8 @@ pub(crate) struct Devices {
     pub(crate) addresses: Vec<Address>,
 }
 
-/// Addresses of all interfaces, as far as they can be endpoints: not those of the mesh's own device or of another
-/// mesh's, not link-local, loopback only if there is nothing else. None where netlink does not tell.
-pub(crate) async fn addresses(tun_index: u32) -> Option<Vec<IpAddr>> {
-    let devices = match rtnetlink::new_connection() {
-        Ok((connection, handle, _)) => {
-            let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
-            devices(&handle, tun_index).await.map_err(|error| error.to_string())
-        }
-        Err(error) => Err(error.to_string()),
-    };
-    match devices {
-        Ok(devices) => Some(devices.addresses.iter().map(|address| address.ip).collect()),
-        Err(error) => {
-            tracing::warn!(%error, "this host's addresses cannot be read");
-            None
-        }
-    }
-}
-
-/// The same by a connection that is there already, with the devices.
+/// Devices and addresses of all interfaces, as far as they can be endpoints: not those of the mesh's own device or of
+/// another mesh's, not link-local, loopback only if there is nothing else.
 pub(crate) async fn devices(handle: &Handle, tun_index: u32) -> Result<Devices, rtnetlink::Error> {
     let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
     let addresses: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;

@@ -54,7 +54,7 @@ pub(crate) struct Uplink {
 /// How this host is connected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LinkState {
-    /// Addresses at which others may find it: see [`interfaces::addresses`].
+    /// Addresses at which others may find it: see [`interfaces::devices`].
     pub(crate) addresses: Vec<IpAddr>,
     /// Those of them that are on the devices of the ways below.
     pub(crate) on_uplinks: Vec<IpAddr>,
@@ -72,13 +72,6 @@ pub(crate) enum Change {
 }
 
 impl LinkState {
-    /// Can anything be reached? Without a way to the internet there may still be a network here.
-    pub(crate) fn has_route(&self) -> bool {
-        self.default_v4.is_some()
-            || self.default_v6.is_some()
-            || self.addresses.iter().any(|ip| !ip.is_loopback())
-    }
-
     /// What happened between `before` and this.
     pub(crate) fn change_since(&self, before: &Self) -> Option<Change> {
         if self == before {
@@ -282,8 +275,5 @@ mod tests {
     fn a_way_by_a_dead_device_or_the_meshes_own_is_none() {
         let gone = state(&[], Some(by(9, "192.168.1.1", "192.168.1.7")));
         assert_eq!(gone.default_v4, None);
-        assert!(!gone.has_route());
-        assert!(state(&[("192.168.1.7", 2)], None).has_route(), "there are neighbours");
-        assert!(!state(&[("127.0.0.1", 1)], None).has_route());
     }
 }

@@ -16,6 +16,8 @@ use crate::types::{Local, Output, RegionId, SocketId, Way};
 pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pings to an address in use come more often than this.
 const USED: Duration = Duration::from_secs(30);
+/// A peer has this long to choose a way that it was told of.
+const CHOICE: Duration = Duration::from_secs(10);
 /// What WireGuard adds to a packet.
 const WIREGUARD_OVERHEAD: usize = 32;
 
@@ -56,9 +58,10 @@ pub(crate) enum Use {
 pub(crate) struct AuxSocket {
     pub(crate) used: Use,
     pub(crate) open: bool,
-    /// When the peer was last heard on it (or else when it was opened), and how long before that it was heard.
-    heard: Instant,
-    gap: Duration,
+    /// When the peer was heard on it last, and the time before.
+    heard: [Option<Instant>; 2],
+    /// When it was opened, or a search or rotation had no more use for it.
+    since: Instant,
     /// A search or a rotation is at work with it.
     pub(crate) busy: bool,
 }
@@ -67,7 +70,9 @@ impl AuxSocket {
     /// Does the peer keep a way to it? Then its pings come in quick succession; now and then one comes to every address
     /// that it has ever heard of.
     pub(crate) fn is_used(&self, now: Instant) -> bool {
-        self.gap < USED && now < self.heard + USED
+        let [last, before] = self.heard;
+        let often = last.zip(before).is_some_and(|(last, before)| last < before + USED && now < last + USED);
+        often || now < self.since + CHOICE
     }
 }
 
@@ -196,7 +201,7 @@ impl Core {
         self.next_socket += 1;
         let socket = SocketId(self.next_socket);
         self.sockets
-            .insert(socket, AuxSocket { used, open: false, heard: now, gap: Duration::ZERO, busy: true });
+            .insert(socket, AuxSocket { used, open: false, heard: [None; 2], since: now, busy: true });
         self.out.push_back(Output::OpenSocket { socket, low });
         socket
     }
@@ -208,17 +213,17 @@ impl Core {
     }
 
     /// A search or rotation has no more use for it; it stays as long as the peer is heard on it.
-    pub(crate) fn release(&mut self, socket: SocketId) {
+    pub(crate) fn release(&mut self, now: Instant, socket: SocketId) {
         if let Some(socket) = self.sockets.get_mut(&socket) {
             socket.busy = false;
+            socket.since = now;
         }
     }
 
     /// The peer was heard on this socket.
     pub(crate) fn heard_on(&mut self, now: Instant, socket: SocketId) {
         if let Some(socket) = self.sockets.get_mut(&socket) {
-            socket.gap = now.saturating_duration_since(socket.heard);
-            socket.heard = now;
+            socket.heard = [Some(now), socket.heard[0]];
         }
     }
 

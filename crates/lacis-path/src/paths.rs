@@ -72,6 +72,7 @@ impl Paths {
                 core.out.push_back(Output::Measure);
                 peers.values_mut().for_each(|peer| peer.link_changed(core, now));
             }
+            Input::RelayConnected => peers.values_mut().for_each(|peer| peer.relay_connected(core, now)),
             Input::Sending(key) => {
                 if let Some(peer) = peers.get_mut(&key) {
                     peer.sending(core, now);
@@ -138,7 +139,7 @@ impl Paths {
             peers.insert(key, state);
         }
         for state in gone.values_mut() {
-            state.end(core);
+            state.end(core, now);
         }
     }
 
@@ -182,21 +183,17 @@ impl Paths {
         let Self { core, peers, .. } = self;
         let mut unused = Vec::new();
         for (id, socket) in &core.sockets {
-            let (best, works) = match socket.used {
-                Use::Survey => (true, true),
-                Use::Peer(key) => peers.get(&key).map_or((false, false), |peer| {
-                    (peer.best.is_some_and(|best| best.way.socket == *id), peer.works_from(*id))
-                }),
-            };
-            if !socket.busy && !best && !(works && socket.is_used(now)) {
-                unused.push((*id, socket.used));
+            let Use::Peer(key) = socket.used else { continue };
+            let (best, narrow) = peers.get(&key).map_or((false, true), |peer| {
+                (peer.best.is_some_and(|best| best.way.socket == *id), peer.is_narrow(*id))
+            });
+            if !socket.busy && !best && (narrow || !socket.is_used(now)) {
+                unused.push((*id, key));
             }
         }
-        for (id, used) in unused {
+        for (id, key) in unused {
             core.close_socket(id);
-            if let Use::Peer(key) = used
-                && let Some(peer) = peers.get_mut(&key)
-            {
+            if let Some(peer) = peers.get_mut(&key) {
                 peer.socket_gone(core, id);
             }
         }
@@ -218,6 +215,12 @@ impl Paths {
     /// Where the peer's packets go.
     pub fn path(&self, peer: &NodeKey) -> Path {
         self.peers.get(peer).map_or(Path::None, |peer| peer.path)
+    }
+
+    /// The peer that is, or may be, at this address.
+    pub fn peer_at(&self, addr: SocketAddr) -> Option<NodeKey> {
+        let mut with = self.peers.values().filter(|peer| peer.ways.keys().any(|way| way.addr == addr));
+        with.next().map(|peer| peer.peer.key)
     }
 
     /// Ways that work now, to be kept over a restart. Only those of the main socket outlive it.

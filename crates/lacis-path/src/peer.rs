@@ -55,6 +55,8 @@ const EXERCISE: Duration = Duration::from_secs(1);
 const EXERCISED_FOR: Duration = Duration::from_millis(3500);
 /// A way that datagrams of full size do not pass is tried again after this.
 const TOO_SMALL: Duration = Duration::from_mins(1);
+/// Nor are other ports tried for so long: they would lead the same way.
+const NARROW: Duration = Duration::from_mins(10);
 /// Padded pings until it is believed that they do not pass.
 const WHOLE_TRIES: u32 = 4;
 /// How long a candidate may be believed to pass them.
@@ -69,6 +71,8 @@ const PROBES: f32 = 3500.0;
 const PROBES_REFILL: f32 = 600.0;
 /// What a message by relay and its answer may take, until it is measured.
 const RELAY_TRIP: Duration = Duration::from_millis(250);
+/// What was told by a relay so shortly before it was lost may be lost as well.
+const LOST: Duration = Duration::from_secs(10);
 /// Ways that answer within this time of the first one may all become the best; then a change needs patience.
 const CHOOSING: Duration = Duration::from_secs(1);
 const CHOSEN: Duration = Duration::from_secs(5);
@@ -130,15 +134,6 @@ pub(crate) struct Session {
     hopeful: bool,
 }
 
-/// What came of looking for it, for people.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct History {
-    pub(crate) rotations: u32,
-    pub(crate) call_me_maybes: u32,
-    pub(crate) heard_call_me_maybe: bool,
-    pub(crate) probes: u32,
-}
-
 #[derive(Debug)]
 pub(crate) struct PeerState {
     pub(crate) peer: Peer,
@@ -148,6 +143,10 @@ pub(crate) struct PeerState {
     pub(crate) nat: Option<NatReport>,
     nat_told: Option<(NatReport, Instant)>,
     nat_asked: Option<Instant>,
+    /// A way by IPv4 has answered that datagrams of full size do not pass.
+    narrow_until: Option<Instant>,
+    /// When it was told last where we are.
+    called: Option<Instant>,
     relay_trip: Option<Duration>,
     /// When the peer was heard through a relay.
     relay_heard: Option<Instant>,
@@ -167,7 +166,8 @@ pub(crate) struct PeerState {
     requests: Bucket,
     recent: VecDeque<(Way, TxId)>,
     only: Option<Only>,
-    pub(crate) history: History,
+    /// Packets of port searches, sent since the peer was last looked for.
+    pub(crate) probes_sent: u32,
 }
 
 /// A peer that speaks nothing but WireGuard.
@@ -189,6 +189,8 @@ impl PeerState {
             nat: None,
             nat_told: None,
             nat_asked: None,
+            called: None,
+            narrow_until: None,
             relay_trip: None,
             relay_heard: None,
             direct_since: None,
@@ -202,7 +204,7 @@ impl PeerState {
             probes: Bucket::new(PROBES, PROBES / PROBES_REFILL),
             requests: Bucket::new(12.0, 2.0),
             recent: VecDeque::new(),
-            history: History::default(),
+            probes_sent: 0,
         };
         state.take_mapped();
         state
@@ -211,7 +213,7 @@ impl PeerState {
     /// The map says something else of it now.
     pub(crate) fn update(&mut self, core: &mut Core, now: Instant, peer: Peer) {
         if peer.disco != self.peer.disco || peer.wireguard_only != self.peer.wireguard_only {
-            self.end(core);
+            self.end(core, now);
             *self = Self::new(peer, now);
         } else {
             self.peer = peer;
@@ -241,9 +243,9 @@ impl PeerState {
     }
 
     /// Gives back what it holds.
-    pub(crate) fn end(&mut self, core: &mut Core) {
-        Searches::stop(self, core);
-        Rotation::stop(self, core);
+    pub(crate) fn end(&mut self, core: &mut Core, now: Instant) {
+        Searches::stop(self, core, now);
+        Rotation::stop(self, core, now);
         let mine: Vec<_> = core
             .sockets
             .iter()
@@ -321,21 +323,22 @@ impl PeerState {
             core.out.push_back(Output::Measure);
         }
         self.session = Some(Session { since: now, round: 0, next: now, hopeful: died });
-        self.history = History::default();
+        self.probes_sent = 0;
         self.wake(core, now);
     }
 
     /// Starts looking over, now: our own place or the peer's has changed.
     pub(crate) fn look_again(&mut self, core: &mut Core, now: Instant) {
         self.session = None;
-        Rotation::stop(self, core);
+        Rotation::stop(self, core, now);
         self.look(core, now);
     }
 
     /// The host's network has changed: every way must prove itself again.
     pub(crate) fn link_changed(&mut self, core: &mut Core, now: Instant) {
-        self.end(core);
+        self.end(core, now);
         self.searches = Searches::default();
+        self.narrow_until = None;
         self.ways.retain(|way, candidate| {
             candidate.whole = Whole::Unknown;
             candidate.last_ping = None;
@@ -367,6 +370,14 @@ impl PeerState {
         }
     }
 
+    /// A call may have been lost with the connection that was there before.
+    pub(crate) fn relay_connected(&mut self, core: &mut Core, now: Instant) {
+        let lost = self.session.is_some() || self.called.is_some_and(|at| now < at + LOST);
+        if lost && self.is_looking(now) {
+            self.call_me_maybe(core, now, &[]);
+        }
+    }
+
     /// Tells the peer where we can be reached: `first` before what is always told.
     pub(crate) fn call_me_maybe(&mut self, core: &mut Core, now: Instant, first: &[SocketAddr]) {
         if self.peer.home == 0 {
@@ -374,7 +385,7 @@ impl PeerState {
         }
         let mut endpoints = first.to_vec();
         endpoints.extend(core.local.endpoints.iter().copied().filter(|addr| !first.contains(addr)));
-        self.history.call_me_maybes += 1;
+        self.called = Some(now);
         core.relay(self.peer.key, None, Message::CallMeMaybe { endpoints });
         self.tell_nat(core, now, true);
     }
@@ -461,7 +472,8 @@ impl PeerState {
             if self.nat != Some(nat) {
                 // What failed with another network may work with this one.
                 self.nat = Some(nat);
-                Rotation::stop(self, core);
+                self.narrow_until = None;
+                Rotation::stop(self, core, now);
                 Searches::again(self);
             }
             if ask {
@@ -639,8 +651,8 @@ impl PeerState {
                     core.ping(now, self.peer.key, Some(best.way), None, Purpose::User(token));
                 }
             }
-            Rotation::stop(self, core);
-            Searches::found(self, core);
+            Rotation::stop(self, core, now);
+            Searches::found(self, core, now);
         }
         self.settle(core);
     }
@@ -650,7 +662,6 @@ impl PeerState {
         if !self.requests.take(now) {
             return;
         }
-        self.history.heard_call_me_maybe = true;
         let told: Vec<_> = endpoints
             .iter()
             .copied()
@@ -708,12 +719,17 @@ impl PeerState {
     }
 
     /// Does one of the ways from this socket work?
-    pub(crate) fn works_from(&self, socket: SocketId) -> bool {
+    pub(crate) fn works_from(&self, now: Instant, socket: SocketId) -> bool {
         self.ways.iter().any(|(way, candidate)| {
-            way.socket == socket
-                && candidate.last_pong.is_some()
-                && !matches!(candidate.whole, Whole::Fails(_))
+            let heard = candidate.heard.is_some_and(|at| now < at + ROUND) || candidate.last_pong.is_some();
+            way.socket == socket && heard && !matches!(candidate.whole, Whole::Fails(_))
         })
+    }
+
+    /// Is this socket of no use, because no datagrams of full size pass by it?
+    pub(crate) fn is_narrow(&self, socket: SocketId) -> bool {
+        let mut ways = self.ways.iter().filter(|(way, _)| way.socket == socket).peekable();
+        ways.peek().is_some() && ways.all(|(_, candidate)| matches!(candidate.whole, Whole::Fails(_)))
     }
 
     /// A socket is gone: so are its ways.
@@ -761,7 +777,7 @@ impl PeerState {
         // Stock clients answer to nothing but pings: whether they hear us is not known.
         let hears = self.nat.is_none() || self.relay_heard.is_some_and(|at| at >= session.since);
         // Another port does not widen the way.
-        let narrow = self.ways.values().any(|way| matches!(way.whole, Whole::Fails(_) | Whole::Asked { .. }));
+        let narrow = self.narrow_until.is_some_and(|until| now < until);
         let measured = !session.hopeful || core.local_at.is_some_and(|at| at >= session.since);
         !hopeful && hears && measured && !narrow && now >= session.since + after.max(self.relay_trip() * 2)
     }
@@ -821,7 +837,7 @@ impl PeerState {
         if let Some(session) = self.session {
             if !self.is_looking(now) {
                 self.session = None;
-                Rotation::stop(self, core);
+                Rotation::stop(self, core, now);
             } else if session.next <= now {
                 self.next_round(core, now, session);
             }
@@ -918,6 +934,9 @@ impl PeerState {
             }
             if tries >= WHOLE_TRIES {
                 candidate.whole = Whole::Fails(now + TOO_SMALL);
+                if way.addr.is_ipv4() {
+                    self.narrow_until = Some(now + NARROW);
+                }
                 continue;
             }
             let wait = LEAST_WAIT.max(candidate.latency * 3);

@@ -13,7 +13,7 @@ use lacis_wire::disco::{Message, TxId};
 
 use crate::core::{Core, Purpose, SentPing, Use};
 use crate::peer::PeerState;
-use crate::search::{HIT, Outcome, TICK, close_unused};
+use crate::search::{FEW, HIT, Outcome, REPEAT, REPEATS, TICK, close_unused};
 use crate::types::{Output, SocketId, Way};
 
 /// Probes in each burst: 1,000 a second.
@@ -49,7 +49,7 @@ impl Fresh {
             return;
         }
         if let Some(old) = state.searches.fresh.take() {
-            close_unused(state, core, old.socket);
+            close_unused(state, core, now, old.socket);
         }
         let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
         state.searches.fresh = Some(Self { search, socket, asked: Vec::new(), told: false, next: None });
@@ -110,6 +110,8 @@ pub(crate) struct Prober {
     /// Shared by all probes: the answer's source says which one it was.
     tx: TxId,
     sent: usize,
+    /// So many times all is sent again, if it is little.
+    repeats: u8,
     canary: Option<Canary>,
     hit: bool,
     pub(crate) next: Instant,
@@ -167,6 +169,7 @@ impl Prober {
             own_sockets: low,
             tx: core.tx(),
             sent: 0,
+            repeats: REPEATS,
             canary: None,
             hit: false,
             next: if low { now + LAST_ANSWERS } else { now },
@@ -221,18 +224,27 @@ impl Prober {
             .canary
             .is_some_and(|canary| canary.asked[0].is_some() && now >= canary.since + CANARY_LOST);
         let all = prober.ports.len() * prober.sockets.len();
+        if prober.sent >= all && (1..=FEW).contains(&all) && prober.repeats > 0 && !prober.hit {
+            prober.repeats -= 1;
+            prober.sent = 0;
+        }
         if exhausted || prober.hit || prober.sent >= all {
             let probes = prober.sent.min(usize::from(u16::MAX)) as u16;
             core.tell(state.peer.key, Traversal::Missed { search: prober.search, probes, exhausted });
             state.searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
-            prober.close(state, core);
+            prober.close(state, core, now);
             core.searching = None;
             return;
         }
         prober.watch_canary(core, now);
         let before = prober.sent;
         prober.burst(state, core, now);
-        prober.next = now + if prober.sent < all { TICK } else { LAST_ANSWERS.max(state.relay_trip() * 2) };
+        prober.next = now
+            + match all {
+                _ if prober.sent < all => TICK,
+                0..=FEW if prober.repeats > 0 => REPEAT,
+                _ => LAST_ANSWERS.max(state.relay_trip() * 2),
+            };
         if before / CANARY != prober.sent / CANARY && prober.canary.is_none() && !core.local.stun.is_empty() {
             let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
             prober.canary = Some(Canary { socket, asked: [None; 2], since: now });
@@ -272,17 +284,17 @@ impl Prober {
                 SentPing { peer: state.peer.key, way, at: now, purpose: Purpose::Search },
             );
         }
-        state.history.probes += (end - self.sent) as u32;
+        state.probes_sent += (end - self.sent) as u32;
         self.sent = end;
     }
 
-    pub(crate) fn close(self, state: &mut PeerState, core: &mut Core) {
+    pub(crate) fn close(self, state: &mut PeerState, core: &mut Core, now: Instant) {
         if let Some(canary) = self.canary {
             core.close_socket(canary.socket);
         }
         if self.own_sockets {
             for socket in self.sockets {
-                close_unused(state, core, socket);
+                close_unused(state, core, now, socket);
             }
         }
     }

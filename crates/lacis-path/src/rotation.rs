@@ -68,17 +68,19 @@ impl Rotation {
         !matches!(self.step, Step::Waiting) && self.socket == socket
     }
 
-    pub(crate) fn stop(state: &mut PeerState, core: &mut Core) {
+    pub(crate) fn stop(state: &mut PeerState, core: &mut Core, now: Instant) {
         if let Some(rotation) = state.rotation.take() {
-            rotation.end_attempt(state, core);
+            rotation.end_attempt(state, core, now);
         }
     }
 
-    fn end_attempt(&self, state: &mut PeerState, core: &mut Core) {
-        if matches!(self.step, Step::Waiting) {
-            return;
+    fn end_attempt(&self, state: &mut PeerState, core: &mut Core, now: Instant) {
+        match self.step {
+            Step::Waiting => {}
+            Step::Opening | Step::Asking(_) => close_unused(state, core, now, self.socket),
+            // The peer was told of it and may choose it: it is swept later.
+            Step::Opened | Step::Pinged => core.release(now, self.socket),
         }
-        close_unused(state, core, self.socket);
     }
 
     /// Is there something that another port could help?
@@ -116,7 +118,6 @@ impl Rotation {
                     self.next = now + AFTER / 2;
                     return;
                 }
-                state.history.rotations += 1;
                 self.socket = core.open_socket(now, Use::Peer(state.peer.key), false);
                 self.step = Step::Opening;
                 self.next = now + ASK_AGAIN * 4;
@@ -140,7 +141,7 @@ impl Rotation {
     }
 
     fn give_up(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) {
-        self.end_attempt(state, core);
+        self.end_attempt(state, core, now);
         self.step = Step::Waiting;
         self.attempt += 1;
         self.next = now;

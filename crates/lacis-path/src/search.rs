@@ -30,11 +30,14 @@ use crate::types::{Output, SocketId, Way};
 
 /// The quick rounds have this long before a search begins.
 const AFTER: Duration = Duration::from_millis(600);
-/// Tries in a series; each has one hop more, for routers in a row.
-const TRIES: u8 = 3;
+/// Tries in a series, and how many hops more than the first each has, for routers in a row. One router is most common,
+/// and with too many hops a try spoils its ports: so that comes twice.
+const MORE_HOPS: [u8; 4] = [0, 1, 0, 2];
 /// From one try to the next, and from one series to the next.
 const NEXT_TRY: Duration = Duration::from_millis(400);
 const NEXT_SERIES: Duration = Duration::from_mins(10);
+/// After a prober did not answer.
+const UNANSWERED: Duration = Duration::from_secs(2);
 /// After a network had no room for more flows.
 const EXHAUSTED: Duration = Duration::from_mins(30);
 /// Packets go out in bursts.
@@ -46,6 +49,12 @@ const ASK_AGAIN: Duration = Duration::from_millis(150);
 const ASKS: usize = 3;
 /// The answer to the last question may take so long.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
+/// So many openings may be more than a small router or a carrier allows.
+const MANY: usize = 64;
+/// So few packets are sent again, in case one is lost.
+pub(crate) const FEW: usize = 8;
+pub(crate) const REPEATS: u8 = 2;
+pub(crate) const REPEAT: Duration = Duration::from_millis(200);
 /// What an answer by relay may take.
 const ANSWER: Duration = Duration::from_millis(1500);
 /// From the first probe that arrives to a way that is proven.
@@ -83,8 +92,10 @@ enum Step {
     Asking(Vec<TxId>),
     /// Packets go out; the next is this one.
     Opening(usize),
-    /// The prober is at work.
-    Probed,
+    /// A new socket asks a server for its place: does the network let further flows through?
+    Canary { socket: SocketId, asked: Vec<TxId> },
+    /// The prober is at work, until then; so many times the openings are repeated, if they are few.
+    Probed { until: Instant, repeats: u8 },
 }
 
 #[derive(Debug)]
@@ -165,15 +176,15 @@ impl Searches {
     }
 
     /// Ends everything, without a result.
-    pub(crate) fn stop(state: &mut PeerState, core: &mut Core) {
+    pub(crate) fn stop(state: &mut PeerState, core: &mut Core, now: Instant) {
         if let Some(opener) = state.searches.opener.take() {
-            opener.close(state, core);
+            opener.close(state, core, now);
         }
         if let Some(prober) = state.searches.prober.take() {
-            prober.close(state, core);
+            prober.close(state, core, now);
         }
         if let Some(fresh) = state.searches.fresh.take() {
-            close_unused(state, core, fresh.socket);
+            close_unused(state, core, now, fresh.socket);
         }
         if core.searching == Some(state.peer.key) {
             core.searching = None;
@@ -189,8 +200,8 @@ impl Searches {
     }
 
     /// There is a direct way: what was searched for is found, or not needed.
-    pub(crate) fn found(state: &mut PeerState, core: &mut Core) {
-        Self::stop(state, core);
+    pub(crate) fn found(state: &mut PeerState, core: &mut Core, now: Instant) {
+        Self::stop(state, core, now);
         state.searches.tries = 0;
         state.searches.next = None;
         state.searches.outcome = None;
@@ -212,9 +223,8 @@ impl Searches {
             Traversal::Probe { search, from, at, ports } => {
                 Prober::begin(state, core, now, (search, from, at, ports));
             }
-            Traversal::Missed { search, probes, exhausted } => {
+            Traversal::Missed { search, exhausted, .. } => {
                 if state.searches.opener.as_ref().is_some_and(|opener| opener.search == search) {
-                    state.history.probes += u32::from(probes);
                     Self::missed(state, core, now, exhausted);
                 }
             }
@@ -222,11 +232,11 @@ impl Searches {
     }
 
     fn missed(state: &mut PeerState, core: &mut Core, now: Instant, exhausted: bool) {
-        Self::stop(state, core);
+        Self::stop(state, core, now);
         let searches = &mut state.searches;
         searches.tries += 1;
         searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
-        let pause = match (exhausted, searches.tries < TRIES) {
+        let pause = match (exhausted, usize::from(searches.tries) < MORE_HOPS.len()) {
             (true, _) => EXHAUSTED,
             (false, true) => NEXT_TRY,
             (false, false) => NEXT_SERIES,
@@ -235,16 +245,23 @@ impl Searches {
             searches.tries = 0;
         }
         searches.next = Some(now + pause);
+        // Perhaps we are not where we think we are.
+        core.out.push_back(Output::Measure);
     }
 
     pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
         Fresh::wake(state, core, now);
         Prober::wake(state, core, now);
         if let Some(mut opener) = state.searches.opener.take() {
-            let lost = opener.next <= now && opener.advance(state, core, now);
+            let end = if opener.next <= now { opener.advance(state, core, now) } else { None };
+            let began = !matches!(opener.step, Step::Fresh);
             state.searches.opener = Some(opener);
-            if lost {
-                Self::missed(state, core, now, false);
+            if end.is_some() && !began {
+                // The prober has not answered: nothing was tried.
+                Self::stop(state, core, now);
+                state.searches.next = Some(now + UNANSWERED);
+            } else if let Some(outcome) = end {
+                Self::missed(state, core, now, outcome == Outcome::Exhausted);
             }
             return;
         }
@@ -305,7 +322,7 @@ impl Searches {
         let both = matches!(target, Target::Low(_));
         let plan = Plan::of(core, both);
         if !state.probes.take_many(now, plan.cost(both)) {
-            state.searches.next = Some(now + NEXT_TRY * 10);
+            state.searches.next = Some(now + NEXT_SERIES);
             return;
         }
         core.searching = Some(state.peer.key);
@@ -333,9 +350,13 @@ impl Searches {
     pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
         Fresh::opened(state, core, now, socket, ok);
         Prober::opened(state, core, now, socket, ok);
-        if let Some(opener) = &mut state.searches.opener
-            && opener.waiting.contains(&socket)
-        {
+        let Some(opener) = &mut state.searches.opener else { return };
+        if let Step::Canary { socket: canary, asked } = &mut opener.step {
+            if *canary == socket && ok {
+                asked.extend(core.reflect(socket, 0));
+                opener.next = now + ASK_AGAIN * 2;
+            }
+        } else if opener.waiting.contains(&socket) {
             opener.waiting.retain(|waiting| *waiting != socket);
             if ok {
                 opener.sockets.push(socket);
@@ -355,6 +376,18 @@ impl Searches {
     ) {
         Fresh::reflected(state, core, tx, seen);
         Prober::reflected(state, core, tx);
+        let canary = match &state.searches.opener {
+            Some(Opener { step: Step::Canary { socket, asked }, .. }) if asked.contains(&tx) => Some(*socket),
+            _ => None,
+        };
+        if let (Some(canary), Some(mut opener)) =
+            (canary, state.searches.opener.take_if(|_| canary.is_some()))
+        {
+            core.close_socket(canary);
+            opener.call_prober(state, core, now, usize::MAX);
+            state.searches.opener = Some(opener);
+            return;
+        }
         if let Some(opener) = &mut state.searches.opener
             && let Step::Asking(asked) = &opener.step
             && asked.contains(&tx)
@@ -393,16 +426,27 @@ impl Opener {
         }
     }
 
-    /// True when the search is over without a result.
-    fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) -> bool {
+    /// What is due. Gives how the search has ended, if it has.
+    fn advance(&mut self, state: &mut PeerState, core: &mut Core, now: Instant) -> Option<Outcome> {
         match &mut self.step {
-            Step::Fresh | Step::Probed => return true,
-            Step::Sockets if self.sockets.is_empty() => return true,
+            Step::Fresh | Step::Probed { repeats: 0, .. } => return Some(Outcome::Missed),
+            Step::Probed { until, repeats } => {
+                let (until, repeats) = (*until, *repeats - 1);
+                self.burst(state, core, now, 0);
+                self.step = Step::Probed { until, repeats };
+                self.next = if repeats > 0 { now + REPEAT } else { until };
+            }
+            Step::Sockets if self.sockets.is_empty() => return Some(Outcome::Missed),
             Step::Sockets if self.plan.from_seen.is_some() => {
                 self.step = Step::Asking(core.reflect(self.sockets[0], 0).into_iter().collect());
                 self.next = now + ASK_AGAIN;
             }
-            Step::Asking(asked) if asked.len() >= ASKS => return true,
+            Step::Asking(asked) if asked.len() >= ASKS => return Some(Outcome::Missed),
+            Step::Canary { asked, .. } if asked.len() != 1 => return Some(Outcome::Exhausted),
+            Step::Canary { socket, asked } => {
+                asked.extend(core.reflect(*socket, 1));
+                self.next = now + LAST_ANSWER / 2;
+            }
             Step::Asking(asked) => {
                 asked.extend(core.reflect(self.sockets[0], asked.len()));
                 self.next = now + if asked.len() < ASKS { ASK_AGAIN } else { LAST_ANSWER };
@@ -416,11 +460,13 @@ impl Opener {
                 self.send(state, core, now, at);
             }
         }
-        false
+        None
     }
 
-    fn send(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, at: usize) {
-        let ttl = OPENING_TTL + state.searches.tries;
+    /// Sends some openings, from this one on. Those that follow, and how many there are.
+    fn burst(&self, state: &mut PeerState, core: &mut Core, now: Instant, at: usize) -> (usize, usize) {
+        let more = MORE_HOPS.get(usize::from(state.searches.tries)).copied().unwrap_or_default();
+        let ttl = OPENING_TTL + more;
         let targets = match self.target {
             Target::One(..) => 1,
             Target::Low(_) => LINUX_LOW.count(),
@@ -439,21 +485,32 @@ impl Opener {
         }
         // Should one arrive after all, its answer counts.
         let way = Way::main(SocketAddr::from(([0, 0, 0, 0], 0)));
-        core.expect(
-            now,
-            tx,
-            SentPing { peer: state.peer.key, way: Some(way), at: now, purpose: Purpose::Search },
-        );
-        state.history.probes += (end - at) as u32;
+        let ping = SentPing { peer: state.peer.key, way: Some(way), at: now, purpose: Purpose::Search };
+        core.expect(now, tx, ping);
+        state.probes_sent += (end - at) as u32;
+        (end, all)
+    }
+
+    fn send(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, at: usize) {
+        let (end, all) = self.burst(state, core, now, at);
         if end < all {
             self.step = Step::Opening(end);
             self.next = now + TICK;
-            return;
+        } else if all > MANY {
+            let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
+            self.step = Step::Canary { socket, asked: Vec::new() };
+            self.next = now + LAST_ANSWER;
+        } else {
+            self.call_prober(state, core, now, all);
         }
+    }
+
+    /// The NAT is open: now it is the prober's turn.
+    fn call_prober(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, all: usize) {
         let main = core.local.seen_v4.map(|seen| IpAddr::V4(*seen.ip()));
         let Some(IpAddr::V4(at)) = self.at.or(main) else {
             self.next = now;
-            self.step = Step::Probed;
+            self.step = Step::Probed { until: now, repeats: 0 };
             return;
         };
         let from = match self.target {
@@ -463,23 +520,28 @@ impl Opener {
         let (search, ports) = (self.search, vec![self.plan.ports.clone()]);
         core.tell(state.peer.key, Traversal::Probe { search, from, at, ports });
         let sockets = if matches!(self.target, Target::Low(_)) { u32::from(LOW_PAIR) } else { 1 };
-        self.step = Step::Probed;
         let probing = Duration::from_millis(u64::from(self.plan.probes() * sockets));
-        self.next = now + probing + (ANSWER * 2).max(state.relay_trip() * 4);
+        let until = now + probing + (ANSWER * 2).max(state.relay_trip() * 4);
+        let repeats = if all <= FEW { REPEATS } else { 0 };
+        self.step = Step::Probed { until, repeats };
+        self.next = if repeats > 0 { now + REPEAT } else { until };
     }
 
-    fn close(self, state: &mut PeerState, core: &mut Core) {
+    fn close(self, state: &mut PeerState, core: &mut Core, now: Instant) {
+        if let Step::Canary { socket, .. } = self.step {
+            core.close_socket(socket);
+        }
         for socket in self.waiting.iter().chain(&self.sockets) {
-            close_unused(state, core, *socket);
+            close_unused(state, core, now, *socket);
         }
     }
 }
 
 /// Closes a socket, unless it is a way to the peer: then it is only swept when nobody uses it any more.
-pub(crate) fn close_unused(state: &mut PeerState, core: &mut Core, socket: SocketId) {
+pub(crate) fn close_unused(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId) {
     if socket == SocketId::MAIN {
-    } else if state.works_from(socket) {
-        core.release(socket);
+    } else if state.works_from(now, socket) {
+        core.release(now, socket);
     } else {
         core.close_socket(socket);
         state.socket_gone(core, socket);

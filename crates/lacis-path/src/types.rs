@@ -112,6 +112,8 @@ pub enum Input {
     Local(Local),
     /// The host's network changed (another uplink, other addresses): nothing known of ways is certain any more.
     LinkChanged,
+    /// This node's home relay is connected (again): what was told through it shortly before may be lost.
+    RelayConnected,
     /// The host sends packets to the peer. Said at the first one, and every few seconds while it goes on.
     Sending(NodeKey),
     /// A disco message, opened with the key of this peer.

@@ -36,7 +36,7 @@ pub struct Why {
     pub peer_nat: Option<NatReport>,
     /// All addresses that were tried.
     pub tried: Vec<Tried>,
-    /// Probe packets of port searches, ours and the peer's that we know of.
+    /// Packets that searches of ports have cost this node.
     pub probes: u32,
     /// Why the path is not direct, a sentence each.
     pub reasons: Vec<String>,
@@ -62,7 +62,7 @@ impl Why {
             own_nat: core.nat_report(),
             peer_nat: state.nat,
             tried,
-            probes: state.history.probes,
+            probes: state.probes_sent,
             reasons: Vec::new(),
             remedies: Vec::new(),
         };

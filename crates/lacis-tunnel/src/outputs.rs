@@ -193,6 +193,12 @@ pub enum Event {
         /// Where it came from; `None` by relay.
         addr: Option<SocketAddr>,
     },
+    /// A WireGuard packet of a session that this node does not have came by UDP: a peer talks on with somebody who has
+    /// restarted. Whoever knows which peer that is calls [`crate::Tunnel::begin_session`]. At most ten a second.
+    StraySession {
+        /// How it came.
+        way: Way,
+    },
     /// The UDP port asked for was taken and others were used.
     PortTaken {
         /// The configured one.

@@ -39,6 +39,7 @@ pub(crate) enum Command {
     TsmpPing { key: NodeKey, dst: IpAddr, token: u64 },
     IcmpPing { key: NodeKey, dst: IpAddr, id: u16, sequence: u16 },
     ResetSession(NodeKey),
+    BeginSession(NodeKey),
 }
 
 /// What waits for the packet thread.
@@ -245,6 +246,11 @@ impl Tunnel {
     /// Forgets the session with this peer, so that the next packet begins a new handshake.
     pub fn reset_session(&self, key: NodeKey) {
         self.command(Command::ResetSession(key));
+    }
+
+    /// Begins a handshake with a peer with which there is no session.
+    pub fn begin_session(&self, key: NodeKey) {
+        self.command(Command::BeginSession(key));
     }
 
     /// Counters of a peer; `None` for a key that is no peer (or not yet: commands take a moment).

@@ -70,6 +70,7 @@ pub(crate) struct Worker {
     /// The inner source checked last and the peer it belongs to.
     checked_source: Option<(IpAddr, u32)>,
     unknown_told: Option<Instant>,
+    stray_told: Option<Instant>,
     parked: inbound::Parked,
     sinks: Sinks,
     coalescer: Coalescer,
@@ -122,6 +123,7 @@ impl Worker {
             peers: Peers::new(mask),
             checked_source: None,
             unknown_told: None,
+            stray_told: None,
             parked: inbound::Parked::default(),
             sinks: Sinks::new(sockets, &out),
             coalescer: Coalescer::new(offloads.tcp(), offloads.udp()),

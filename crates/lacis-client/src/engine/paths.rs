@@ -142,6 +142,9 @@ impl Engine {
             RelayEvent::Connected { node, remote, took, .. } => {
                 tracing::info!(region, %node, %remote, ?took, "relay connected");
                 self.relay_trouble.remove(&region);
+                if region == self.relays.home() {
+                    self.path_input(Input::RelayConnected);
+                }
             }
             RelayEvent::Disconnected { reason, retry_in } => {
                 let text = format!("relay {}: {reason}", self.region_code(region));
@@ -201,6 +204,12 @@ impl Engine {
             Event::SendFailed { key, way, kind } => {
                 tracing::debug!(peer = %self.peer_name(&key), ?way, ?kind, "packets cannot be sent this way");
                 self.path_input(Input::SendFailed { peer: key, way: from_tunnel(way) });
+            }
+            Event::StraySession { way } => {
+                if let Some(peer) = self.paths.peer_at(way.addr) {
+                    tracing::debug!(peer = %self.peer_name(&peer), "a peer talks on where this node has restarted");
+                    self.tunnel.begin_session(peer);
+                }
             }
             Event::Pong { kind: PongKind::Tsmp { token, peer_api_port }, rtt, .. } => {
                 self.pings.answered(Token::Tsmp(token), Some(rtt), |result| {

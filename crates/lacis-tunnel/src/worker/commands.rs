@@ -54,6 +54,7 @@ impl Worker {
             Command::Inject(packet) => self.inject(&packet),
             Command::TsmpPing { key, dst, token } => self.tsmp_ping(key, dst, token),
             Command::IcmpPing { key, dst, id, sequence } => self.icmp_ping(key, dst, id, sequence),
+            Command::BeginSession(key) => self.begin_session(&key),
             Command::ResetSession(key) => {
                 if let Some(slot) = self.peers.slot_of(&key)
                     && let Some(peer) = self.peers.get(slot)

@@ -57,6 +57,9 @@ const DATA_LEAST: usize = 32;
 const DISCO_MAGIC: &[u8] = "TS💬".as_bytes();
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
+/// Between two [`Event::StraySession`].
+const TELL_STRAY: Duration = Duration::from_millis(100);
+
 /// The last handshakes that came too early. Two nodes do not learn of one another at the same moment, and the one that
 /// knows first would otherwise wait for its second try.
 #[derive(Debug, Default)]
@@ -122,15 +125,21 @@ impl Worker {
             return Some(slot);
         }
         self.shared.counters.in_no_session.add(1);
-        if let Source::Relay(key) = source {
-            self.begin_session(&key);
+        match source {
+            Source::Relay(key) => self.begin_session(&key),
+            Source::Udp(way) => {
+                if Peer::due(&mut self.stray_told, self.now.instant, TELL_STRAY) {
+                    self.out.event(Event::StraySession { way });
+                }
+            }
         }
         None
     }
 
-    /// A peer uses a session that this node has forgotten, by restarting perhaps. The relay tells who it is, so this
-    /// side begins anew; WireGuard alone would leave it to the peer, which notices after 15 seconds.
-    fn begin_session(&mut self, key: &NodeKey) {
+    /// A peer uses a session that this node has forgotten, by restarting perhaps. Somebody has told who it is (the
+    /// relay, or the path logic by the address), so this side begins anew; WireGuard alone would leave it to the peer,
+    /// which notices after 15 seconds.
+    pub(super) fn begin_session(&mut self, key: &NodeKey) {
         let Some(slot) = self.peers.slot_of(key) else { return };
         let Some(peer) = self.peers.get(slot) else { return };
         if peer.tunn.is_none() {
