@@ -93,7 +93,7 @@ with subtest("down and up"):
     alice.fail("lacis status")
     bob.fail(f"ping -c 1 -W 2 {address}")
     alice.succeed("lacis up", timeout=30)
-    bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
+    bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=5)
 
 with subtest("logout, and a login with a new key"):
     alice.succeed("lacis logout", timeout=20)
