@@ -16,6 +16,7 @@ mod interfaces;
 mod links;
 mod localapi;
 mod marked;
+mod metered;
 mod netcheck;
 mod netmap;
 mod portmap;

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::interfaces::{self, Devices};
+use crate::metered::Metered;
 
 const GROUPS: [MulticastGroup; 7] = [
     MulticastGroup::Link,
@@ -60,6 +61,8 @@ pub(crate) struct LinkState {
     pub(crate) on_uplinks: Vec<IpAddr>,
     pub(crate) default_v4: Option<Uplink>,
     pub(crate) default_v6: Option<Uplink>,
+    /// Each byte costs: what is not needed is not sent.
+    pub(crate) metered: bool,
 }
 
 /// What a change means for the paths to peers.
@@ -118,8 +121,9 @@ async fn follow(
     let (connection, handle, mut messages) =
         rtnetlink::new_multicast_connection(&GROUPS).map_err(LinkError::Open)?;
     let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    let metered = Metered::open().await;
     loop {
-        let state = read(&handle, tun_index, fwmark).await?;
+        let state = LinkState { metered: metered.ask().await, ..read(&handle, tun_index, fwmark).await? };
         if last.as_ref() != Some(&state) {
             *last = Some(state.clone());
             if states.send(state).await.is_err() {
@@ -160,6 +164,7 @@ fn combine(devices: Devices, default_v4: Option<Uplink>, default_v6: Option<Upli
         addresses: devices.addresses.iter().map(|address| address.ip).collect(),
         default_v4,
         default_v6,
+        metered: false,
     }
 }
 

@@ -273,7 +273,15 @@ impl Engine {
             _ if nat.public_v4 => Mapping::Open,
             netcheck::Mapping::Independent => Mapping::Independent,
             netcheck::Mapping::Varies => Mapping::Varies,
-            netcheck::Mapping::Unknown => Mapping::Unknown,
+            // One server alone does not show it, but whether the port is kept: most routers that keep it do so for all
+            // destinations.
+            netcheck::Mapping::Unknown => match seen_v4 {
+                Some(seen) if measured && self.report.udp => {
+                    let kept = seen.port() == self.tunnel.udp_port().0;
+                    if kept { Mapping::Independent } else { Mapping::Varies }
+                }
+                _ => Mapping::Unknown,
+            },
         };
         let local = Local {
             endpoints: self.endpoints().0,
@@ -283,7 +291,7 @@ impl Engine {
             mapping,
             stun: self.stun_servers.iter().copied().filter(SocketAddr::is_ipv4).collect(),
             low_ports: self.path_options.low_ports,
-            searches: self.path_options.searches,
+            searches: self.path_options.searches && !self.link.metered,
         };
         self.path_input(Input::Local(local));
     }
