@@ -13,6 +13,32 @@
       ];
       eachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
       packagesFor = pkgs: import ./nix/packages.nix { inherit pkgs; };
+      # Topologies of the scenarios of tests/ that run nobody else's programs: services are those that virtual machines
+      # know how to run.
+      topologies = lib.filterAttrs (
+        _: topology:
+        !(topology ? programs)
+        && lib.subtractLists [ "coordinator" "relay" "lacisd" ] (
+          lib.concatMap (host: host.services or [ ]) (lib.attrValues topology.hosts)
+        ) == [ ]
+      ) (
+        lib.mapAttrs (name: _: fromTOML (builtins.readFile ./tests/${name}/topology.toml)) (
+          lib.filterAttrs (_: kind: kind == "directory") (builtins.readDir ./tests)
+        )
+      );
+      # Each of them with its script, in virtual machines (these need KVM).
+      vmTests =
+        pkgs:
+        lib.mapAttrs (
+          name: _:
+          pkgs.testers.runNixOSTest {
+            imports = [ ./nix/vm-test.nix ];
+            _module.args = {
+              scenario = ./tests/${name};
+              packages = packagesFor pkgs;
+            };
+          }
+        ) topologies;
       # A module that takes its program from this flake unless the user says otherwise, so that nobody needs the overlay.
       # The key lets `default` and a single module be imported side by side.
       module = name: package: {
@@ -66,6 +92,7 @@
             iputils
             conntrack-tools
             iperf3
+            (miniupnpd.override { firewall = "nftables"; })
             dnsutils
             python3
             curl
@@ -75,19 +102,13 @@
 
       formatter = eachSystem (pkgs: pkgs.nixfmt-tree);
 
+      # nix build .#vm.roaming
+      legacyPackages = eachSystem (pkgs: { vm = vmTests pkgs; });
+
       checks = eachSystem (
         pkgs:
-        packagesFor pkgs
-        // {
-          # The demo's topology and script, in virtual machines (needs KVM).
-          vm-demo = pkgs.testers.runNixOSTest {
-            imports = [ ./nix/vm-test.nix ];
-            _module.args = {
-              scenario = ./tests/demo;
-              packages = packagesFor pkgs;
-            };
-          };
-        }
+        # Evaluating all machines of all scenarios at once takes more memory than most hosts have, so one is enough here.
+        packagesFor pkgs // { vm-demo = (vmTests pkgs).demo; }
       );
     };
 }
