@@ -17,11 +17,13 @@ URL = "https://mesh.example.org"
 WISHES = json.loads(os.environ.get("LACIS_LAB_MATRIX", "{}"))
 CLIENTS = WISHES.get("clients", "lacisd")
 AT_ONCE = WISHES.get("parallel", 3)
+# Of many runs the share counts; in a single one a pair that is direct often, not always, may be tried once more.
+ALONE = WISHES.get("runs", 1) == 1
 # Command and local API of each client.
 LACIS = ("lacis", "/run/lacis/lacisd.sock")
 TAILSCALE = ("tailscale", "/run/tailscale/tailscaled.sock")
 OURS = {"lacisd": "ab", "mixed": "a", "tailscaled": ""}[CLIENTS]
-OUTCOMES = {"d": "direct", "r": "relay", "?": "either"}
+OUTCOMES = {"d": "direct", "o": "direct", "r": "relay", "?": "either"}
 # Seconds: until a path has to be direct, and for how long one is watched that has to stay relayed.
 PATIENCE = {"direct": 20, "either": 20, "relay": 6}
 # Nobody waits for a first answer, whatever the path becomes.
@@ -67,11 +69,14 @@ echo = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 # The kernel says when a packet came: this program may be busy. 35 is SO_TIMESTAMPNS.
 echo.setsockopt(socket.SOL_SOCKET, 35, 1)
 echo.setblocking(False)
-sent, answered, direct, address = [], {}, None, None
+sent, answered, direct = [], {}, None
 next_request = next_look = begin
+# How late this program itself was, on a machine that has too much to do.
+late = 0
 end = begin + patience
 while (now := time.time()) < end:
     if role == "ping" and now >= next_request:
+        late = max(late, now - next_request)
         try:
             echo.sendto(request(len(sent)), (peer, 0))
         except OSError:
@@ -79,10 +84,10 @@ while (now := time.time()) < end:
         sent.append(now)
         next_request += 0.05
     if direct is None and now >= next_look:
-        address = path()
+        found = path()
         now = time.time()
         next_look = now + (0.03 if now < begin + 1.5 else 0.1)
-        if address:
+        if found:
             direct = now
             end = min(end, now + (0.7 if role == "ping" else 0))
     next_event = min(end, next_request if role == "ping" else end, next_look if direct is None else end)
@@ -101,7 +106,7 @@ print(json.dumps({
     "sent": sent,
     "answers": [[answered[number], answered[number] - sent[number]] for number in sorted(answered)],
     "direct": direct,
-    "address": address,
+    "late": late,
 }))
 """
 
@@ -115,10 +120,15 @@ def client(name):
     return LACIS if name[-1] in OURS else TAILSCALE
 
 
+def unit(name):
+    """The service of the client on a host."""
+    return f"{client(name)[0]}d.service"
+
+
 def join(name, key):
     """Brings a host into the network."""
     machine, (command, _) = HOSTS[name], client(name)
-    machine.wait_for_unit("lacisd.service" if command == "lacis" else "tailscaled.service", timeout=60)
+    machine.wait_for_unit(unit(name), timeout=60)
     machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
     machine.succeed(f"{command} up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=60s", timeout=70)
     addresses[name] = machine.succeed(f"{command} ip -4", timeout=10).strip()
@@ -155,6 +165,12 @@ def median(values):
     return statistics.median(values) if values else None
 
 
+def round_trip(name, other):
+    """Seconds of an echo request, for a pair whose other side was direct so late that none was timed after it."""
+    said = HOSTS[name].execute(f"ping -c 5 -i 0.1 -W 2 {addresses[other]}", timeout=20)[1]
+    return median([float(took) / 1000 for took in re.findall(r"time=([\d.]+) ms", said)])
+
+
 def measure(first, second, expected):
     """One pair, from the first packet on."""
     names = (f"{first}-a", f"{second}-b")
@@ -173,15 +189,18 @@ def measure(first, second, expected):
     shown = path(*names, direct)
     after = max(pinged["direct"], watched["direct"]) if direct else float("inf")
     told = [probes(*names), probes(*reversed(names))]
+    ping_after = median([took for came, took in pinged["answers"] if came >= after])
     return {
         "pair": [first, second],
         "expected": expected,
         "got": "direct" if direct and re.match(r"[\[\d]", shown) else "relay",
         "path": shown,
         "first_answer": pinged["answers"][0][0] - started if pinged["answers"] else None,
+        "late": pinged["late"],
         "direct_after": max(after - started, 0) if direct else None,
+        "direct_each": [one["direct"] and one["direct"] - started for one in (pinged, watched)],
         "ping_before": median([took for came, took in pinged["answers"] if came < after]),
-        "ping_after": median([took for came, took in pinged["answers"] if came >= after]),
+        "ping_after": round_trip(*names) if direct and ping_after is None else ping_after,
         "probes": sum(number for number in told if number is not None) if any(told) else None,
     }
 
@@ -193,9 +212,35 @@ def judge(result):
         wrong.append(f"{result['got']}, not {result['expected']} (via {result['path']})")
     if result["first_answer"] is None:
         wrong.append("no answer")
-    elif CLIENTS == "lacisd" and result["first_answer"] > FIRST_ANSWER:
+    elif CLIENTS == "lacisd" and result["first_answer"] > FIRST_ANSWER + result["late"]:
         wrong.append(f"first answer after {result['first_answer']:.2f} s")
     return wrong
+
+
+def refresh(first, second):
+    """Both hosts as after a power cut, and their routers without memory."""
+    names = (f"{first}-a", f"{second}-b")
+    for name in names:
+        HOSTS[name].crash()
+        globals()[f"at-{name}".replace("-", "_")].succeed("conntrack -F")
+    for name in names:
+        HOSTS[name].start()
+        HOSTS[name].wait_for_unit(unit(name), timeout=60)
+        HOSTS[name].succeed(f"cat > /tmp/probe.py <<'END'\n{PROBE}\nEND")
+        wait_for(lambda: knows_all(name), f"{name} knows all others", timeout=60)
+
+
+def attempt(first, second, outcome):
+    """One pair, measured and judged; once more if chance may be to blame, and that is said."""
+    for tries in (1, 2):
+        result = measure(first, second, OUTCOMES[outcome])
+        result["wrong"] = judge(result)
+        result["tries"] = tries
+        show(result)
+        if not (result["wrong"] and outcome == "o" and ALONE) or tries == 2:
+            return result
+        log.info(f"{first} - {second}: once more on fresh hosts")
+        refresh(first, second)
 
 
 def show(result):
@@ -232,9 +277,7 @@ class Tournament:
         """Measures pair after pair."""
         while pair := self.take():
             try:
-                result = measure(*pair)
-                result["wrong"] = judge(result)
-                show(result)
+                result = attempt(*pair)
                 with self.changed:
                     self.results.append(result)
             except Exception as error:
@@ -275,7 +318,7 @@ with subtest("each knows all others"):
 PAIRS = []
 for row, second in enumerate(expect["sides"]):
     for first, outcome in zip(expect["sides"], expect[CLIENTS][second].split()):
-        PAIRS.append((first, second, OUTCOMES[outcome]))
+        PAIRS.append((first, second, outcome))
 
 with subtest(f"{len(PAIRS)} pairs"):
     results = Tournament(PAIRS).run()

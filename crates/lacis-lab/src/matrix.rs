@@ -73,6 +73,8 @@ struct Measured {
     ping_after: Option<f64>,
     /// Packets that both sides spent on searches of ports.
     probes: Option<f64>,
+    /// How often it was tried, on fresh hosts each time; this is of the last.
+    tries: usize,
     /// What is not as it should be, in words.
     wrong: Vec<String>,
 }
@@ -92,6 +94,7 @@ struct Row {
     ping_before: Option<f64>,
     ping_after: Option<f64>,
     probes: Option<f64>,
+    tries: usize,
     wrong: Vec<String>,
 }
 
@@ -117,6 +120,7 @@ impl Row {
             ping_before: median(|one| one.ping_before),
             ping_after: median(|one| one.ping_after),
             probes: median(|one| one.probes),
+            tries: measured.iter().map(|one| one.tries).sum(),
             wrong: measured.iter().flat_map(|one| one.wrong.iter().cloned()).collect(),
         })
     }
@@ -148,9 +152,19 @@ impl Row {
             milliseconds(self.ping_before),
             milliseconds(self.ping_after),
             self.probes.map_or("-".to_owned(), |probes| format!("{probes:.0}")),
-            if self.differs() { format!("<- {}", self.wrong.join("; ")) } else { String::new() },
+            self.remark(),
         ]);
         cells
+    }
+
+    fn remark(&self) -> String {
+        if self.differs() {
+            format!("<- {}", self.wrong.join("; "))
+        } else if self.tries > self.runs {
+            "at the second try".to_owned()
+        } else {
+            String::new()
+        }
     }
 }
 
@@ -208,7 +222,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 /// One run; what it measured.
 fn once(scenario: &Scenario, clients: Clients, number: u32, arguments: &Arguments) -> Result<Vec<Measured>> {
-    let wishes = serde_json::json!({ "clients": clients, "parallel": arguments.parallel });
+    let wishes = serde_json::json!({
+        "clients": clients,
+        "parallel": arguments.parallel,
+        "runs": arguments.runs,
+    });
     let how = How {
         verbose: arguments.verbose,
         aside: arguments.json,
@@ -316,6 +334,7 @@ mod tests {
             ping_before: Some(0.002),
             ping_after: None,
             probes: None,
+            tries: 1,
             wrong: if got == "direct" { vec![] } else { vec!["relay, not direct".into()] },
         }
     }
@@ -330,6 +349,13 @@ mod tests {
         assert!(!row.differs());
         assert_eq!((row.direct_after, row.direct_after_p95), (Some(9.0), Some(17.0)));
         assert_eq!(row.cells()[2], "direct 95 %");
+    }
+
+    #[test]
+    fn a_second_try_is_told() {
+        let again = Measured { tries: 2, ..measured("direct", Some(1.0)) };
+        let row = Row::new(Clients::Lacisd, &[again]).unwrap();
+        assert_eq!(row.cells().last().unwrap(), "at the second try");
     }
 
     #[test]
