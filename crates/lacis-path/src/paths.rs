@@ -59,7 +59,9 @@ impl Paths {
                 }
                 Survey::begin(core, now);
                 if told {
-                    peers.values_mut().for_each(|peer| peer.local_changed(core, now));
+                    for peer in peers.values_mut() {
+                        peer.local_changed(core, now);
+                    }
                 }
             }
             Input::LinkChanged => {
@@ -70,9 +72,15 @@ impl Paths {
                 core.local.seen_v4 = None;
                 core.local_at = None;
                 core.out.push_back(Output::Measure);
-                peers.values_mut().for_each(|peer| peer.link_changed(core, now));
+                for peer in peers.values_mut() {
+                    peer.link_changed(core, now);
+                }
             }
-            Input::RelayConnected => peers.values_mut().for_each(|peer| peer.relay_connected(core, now)),
+            Input::RelayConnected => {
+                for peer in peers.values_mut() {
+                    peer.relay_connected(core, now);
+                }
+            }
             Input::Sending(key) => {
                 if let Some(peer) = peers.get_mut(&key) {
                     peer.sending(core, now);

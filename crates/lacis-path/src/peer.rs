@@ -46,6 +46,8 @@ const QUICK: Duration = Duration::from_millis(5);
 const FRESH: Duration = Duration::from_secs(27);
 /// An address that only pings told us of is forgotten when none came for so long.
 const HEARD: Duration = Duration::from_secs(45);
+/// A ping from a way that was silent for so long tells that the peer may have moved.
+const NEWS: Duration = Duration::from_secs(10);
 /// A way that a search found lives by being used: pinged so often even when nobody talks…
 const KEEP: Duration = Duration::from_secs(20);
 /// …until nobody has talked for so long.
@@ -511,7 +513,9 @@ impl PeerState {
             }
         }
         self.searches.hit(now, way.socket);
-        if self.best.is_some_and(|best| best.way != way) {
+        // The two sides may prefer different ways; news is only one that was silent before.
+        let news = self.ways.get(&way).and_then(|known| known.heard).is_none_or(|at| now >= at + NEWS);
+        if news && self.best.is_some_and(|best| best.way != way) {
             self.suspect(now);
         }
         let candidate = self.ways.entry(way).or_default();
@@ -553,7 +557,7 @@ impl PeerState {
             // The least counts, and is forgotten slowly: what is more was spent in queues.
             let known = candidate.latency;
             let rests = known.is_zero() || latency < known;
-            candidate.latency = if rests { latency } else { known + (latency - known) / 8 };
+            candidate.latency = if rests { latency } else { known + latency.saturating_sub(known) / 8 };
         }
         candidate.last_pong = Some(now);
         candidate.pings = 0;
@@ -753,14 +757,14 @@ impl PeerState {
     /// The peer may have moved: the best way is asked at once whether it still is one.
     fn suspect(&mut self, now: Instant) {
         let Some(best) = &mut self.best else { return };
-        let answered = self.ways.get(&best.way).and_then(|candidate| candidate.last_pong);
-        if best.suspect || best.doubted.is_some() || answered.is_some_and(|at| now < at + LEAST_WAIT) {
+        if best.suspect || best.doubted.is_some() {
             return;
         }
         best.suspect = true;
         // One may be on its way already.
         if best.missed == 0 {
-            best.next_ping = now;
+            let answered = self.ways.get(&best.way).and_then(|candidate| candidate.last_pong);
+            best.next_ping = answered.map_or(now, |at| (at + LEAST_WAIT).max(now)).min(best.next_ping);
         }
     }
 

@@ -24,7 +24,8 @@ mod text;
 mod world;
 
 pub use check::{
-    DIRECT_WITHIN, Failure, MOST_CHANGES, MOST_IN_A_MINUTE, MOST_SOCKETS, MOST_WHEN_SETTLED, Property, check,
+    DIRECT_WITHIN, Failure, MOST_CHANGES, MOST_IN_A_MINUTE, MOST_IN_A_SERIES, MOST_SOCKETS,
+    MOST_WHEN_SETTLED, Property, check,
 };
 pub use flow::{FlowOutcome, MOST_SILENCE, MOST_SILENCE_AFTER_DEATH, Silence};
 pub use generate::generate;

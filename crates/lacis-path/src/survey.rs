@@ -180,9 +180,8 @@ fn allocator_of(ordinary: &[u16], low: Option<u16>) -> Allocator {
     }
     let block = BLOCKS.into_iter().find_map(|size| {
         let start = u32::from(least) / size * size;
-        let end = start + size - 1;
-        (u32::from(most) <= end && end <= u32::from(u16::MAX))
-            .then(|| Allocator::Block(start as u16, end as u16))
+        let end = u16::try_from(start + size - 1).ok()?;
+        (most <= end).then_some(Allocator::Block(start as u16, end))
     });
     block.unwrap_or(Allocator::Random)
 }

@@ -130,7 +130,7 @@ impl Why {
                 "allow this host more connections in its router, or let the peer's router map a port",
             ),
             None if state.searches.is_busy() => {
-                self.reasons.push("ports of the varying NAT are being searched right now".into())
+                self.reasons.push("ports of the varying NAT are being searched right now".into());
             }
             None => {}
         }

@@ -209,6 +209,8 @@ impl Engine {
                 if let Some(peer) = self.paths.peer_at(way.addr) {
                     tracing::debug!(peer = %self.peer_name(&peer), "a peer talks on where this node has restarted");
                     self.tunnel.begin_session(peer);
+                    // It may be that only a direct way reaches it.
+                    self.path_input(Input::Sending(peer));
                 }
             }
             Event::Pong { kind: PongKind::Tsmp { token, peer_api_port }, rtt, .. } => {
