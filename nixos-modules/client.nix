@@ -60,7 +60,7 @@ in
       example = false;
       description = ''
         Whether to search for the ports of NATs that use another one for every destination: some hundred small packets each
-        time. To be turned off on metered networks. No peer searches together with a node where it is off.
+        time. Networks that NetworkManager calls metered turn it off by themselves; on others that are, turn it off here.
       '';
     };
 
