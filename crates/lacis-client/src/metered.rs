@@ -4,8 +4,7 @@
 use std::time::Duration;
 
 use tokio::time::timeout;
-use zbus::Connection;
-use zbus::zvariant::OwnedValue;
+use zbus::{Connection, OwnedVariant};
 
 const NETWORK_MANAGER: &str = "org.freedesktop.NetworkManager";
 /// Nothing may wait long for this.
@@ -48,7 +47,7 @@ impl Metered {
                     &(NETWORK_MANAGER, "Metered"),
                 )
                 .await?;
-            let metered: u32 = metered.body().deserialize::<OwnedValue>()?.try_into()?;
+            let metered: u32 = metered.body().deserialize::<OwnedVariant>()?.try_into()?;
             Ok::<_, zbus::Error>(METERED.contains(&metered))
         });
         match answer.await {

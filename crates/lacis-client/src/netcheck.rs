@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::marked;
 use crate::portmap::Found;
-pub(crate) use home::choose_home;
+pub(crate) use home::{choose_home, relays};
 use stun::Seen;
 pub(crate) use stun::StunProbes;
 

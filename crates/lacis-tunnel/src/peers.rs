@@ -71,6 +71,8 @@ pub(crate) struct Peer {
     pub(crate) source: Option<Way>,
     pub(crate) source_told: Option<Instant>,
     pub(crate) active_told: Option<Instant>,
+    /// When a session was begun because the peer uses one that this node does not have.
+    pub(crate) begun: Option<Instant>,
     pub(crate) failure_told: Option<Instant>,
 }
 
@@ -264,6 +266,7 @@ impl Peers {
                 source: None,
                 source_told: None,
                 active_told: None,
+                begun: None,
                 failure_told: None,
             }));
         }

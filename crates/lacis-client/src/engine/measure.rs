@@ -75,7 +75,7 @@ impl Engine {
             self.relays.set_home(home);
             return;
         }
-        let mut dialled = map.derp_map.regions.iter().filter(|(_, region)| !region.nodes.is_empty());
+        let mut dialled = map.derp_map.regions.iter().filter(|(_, region)| netcheck::relays(region));
         match (dialled.next(), dialled.next()) {
             (Some((only, _)), None) => self.set_home(*only),
             (None, _) => self.relays.set_home(0),

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-use lacis_wire::control::DerpMap;
+use lacis_wire::control::{DerpMap, DerpRegion};
 use lacis_wire::local::NetcheckReport;
 
 /// A new home must be better by this much and by a third: moving has a price.
 const BETTER_BY: Duration = Duration::from_millis(10);
+
+/// Can peers be reached through this region? One that only answers STUN is measured, and no more.
+pub(crate) fn relays(region: &DerpRegion) -> bool {
+    region.nodes.iter().any(|node| !node.stun_only)
+}
 
 /// The home region after this report: the nearest, unless the present one is hardly worse. `None` when nothing is
 /// known and there is none.
@@ -19,7 +24,8 @@ pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) 
             .unwrap_or(1.0)
     };
     let usable = |region: &u16| {
-        map.regions.get(region).is_some_and(|region| !region.avoid && !region.no_measure_no_home)
+        let usable = |region: &DerpRegion| !region.avoid && !region.no_measure_no_home && relays(region);
+        map.regions.get(region).is_some_and(usable)
     };
     let weighed = |region: u16, latency: u64| latency as f64 * score(region);
     let best = report
@@ -31,7 +37,7 @@ pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) 
     let still_there = map.regions.contains_key(&present);
     let Some((best, best_latency)) = best else {
         // Nothing answers: stay, or try the first there is.
-        let first = map.regions.iter().find(|(id, region)| usable(id) && !region.nodes.is_empty());
+        let first = map.regions.iter().find(|(id, _)| usable(id));
         return if still_there { Some(present) } else { first.map(|(id, _)| *id) };
     };
     if !still_there || best == present {
@@ -51,7 +57,7 @@ pub(crate) fn choose_home(report: &NetcheckReport, map: &DerpMap, present: u16) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacis_wire::control::{DerpNode, DerpRegion};
+    use lacis_wire::control::DerpNode;
 
     fn map(ids: &[u16]) -> DerpMap {
         let region = |id: &u16| {
@@ -84,5 +90,12 @@ mod tests {
         assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 2), Some(2));
         assert_eq!(choose_home(&report(&[]), &map(&[1, 2]), 9), Some(1));
         assert_eq!(choose_home(&report(&[]), &map(&[]), 9), None);
+    }
+
+    #[test]
+    fn a_region_that_only_answers_stun_is_no_home() {
+        let mut map = map(&[1, 2]);
+        map.regions.get_mut(&1).unwrap().nodes[0].stun_only = true;
+        assert_eq!(choose_home(&report(&[(1, 10), (2, 50)]), &map, 0), Some(2));
     }
 }

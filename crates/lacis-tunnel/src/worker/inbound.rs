@@ -57,6 +57,8 @@ const DATA_LEAST: usize = 32;
 const DISCO_MAGIC: &[u8] = "TS💬".as_bytes();
 const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 
+/// Between two initiations to a peer that talks on in a session this node has forgotten.
+const BEGIN_AGAIN: Duration = Duration::from_millis(500);
 /// Between two [`Event::StraySession`].
 const TELL_STRAY: Duration = Duration::from_millis(100);
 
@@ -140,13 +142,16 @@ impl Worker {
     /// relay, or the path logic by the address), so this side begins anew; WireGuard alone would leave it to the peer,
     /// which notices after 15 seconds.
     pub(super) fn begin_session(&mut self, key: &NodeKey) {
+        let now = self.now.instant;
         let Some(slot) = self.peers.slot_of(key) else { return };
         let Some(peer) = self.peers.get(slot) else { return };
-        if peer.tunn.is_none() {
+        // An initiation may have gone to a path that led nowhere: it is repeated as long as the peer talks on.
+        if !peer.confirmed && Peer::due(&mut peer.begun, now, BEGIN_AGAIN) {
             if peer.path == Path::None {
                 peer.heard = Path::Relay;
             }
-            self.initiate(slot, false);
+            let anew = peer.tunn.is_some();
+            self.initiate(slot, anew);
         }
     }
 
