@@ -1,5 +1,9 @@
-//! One peer: its candidates, the best of them, and how it is looked for. The rules are those of disco
-//! (`reference/derp-and-nat-traversal.md`, section 16); the file's constants say where ours are stricter.
+//! One peer: its candidates, the best of them, and how it is looked for. What it says is heard in `peer/hearing.rs`,
+//! what time brings is in `peer/waking.rs`. The rules are those of disco (`reference/derp-and-nat-traversal.md`,
+//! section 16); the constants say where ours are stricter.
+
+mod hearing;
+mod waking;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -10,64 +14,30 @@ use lacis_wire::disco::{Message, TxId};
 
 use crate::core::{Core, Purpose, Use};
 use crate::rotation::Rotation;
-use crate::score::{Bucket, is_better};
+use crate::score::Bucket;
 use crate::search::Searches;
-use crate::types::{Output, Path, Peer, SocketId, Via, Way, is_private};
+use crate::types::{Output, Path, Peer, SocketId, Way, is_private};
 
 /// A peer counts as talked to for so long after the last packet to it.
 const ACTIVE: Duration = Duration::from_secs(45);
-/// A peer that asked for our NAT looks for a way to us; we look for one to it so long.
-const WANTED: Duration = Duration::from_secs(10);
 /// How long a pong proves a way.
 const TRUST: Duration = Duration::from_millis(6500);
-/// The best way is pinged so often while the peer is active.
-const HEARTBEAT: Duration = Duration::from_secs(3);
-/// Further pings follow an unanswered heartbeat, so many until the way is doubted: sooner than trust runs out.
-const DOUBTS: u32 = 3;
 /// The least time that an answer may take.
 const LEAST_WAIT: Duration = Duration::from_millis(300);
-/// A way that stays silent after it was doubted is given up.
-const GIVE_UP: Duration = Duration::from_secs(4);
 /// After the first quick rounds, candidates are pinged so often.
 const ROUND: Duration = Duration::from_secs(5);
-/// The first rounds, counted from the first packet: one that only opens our own NAT (see [`PeerState::round`]), and one
-/// that does more. It comes as soon as the peer has answered by relay; stock clients do not, and are not waited for.
-const SECOND_ROUND: Duration = Duration::from_millis(500);
-/// The second round of a peer that should have answered.
-const UNANSWERED: Duration = Duration::from_millis(900);
-/// One more before the pace is that of [`ROUND`].
-const THIRD_ROUND: Duration = Duration::from_millis(1300);
 /// Hops that an opening packet may take: through our own router, not to the peer's.
 pub(crate) const OPENING_TTL: u8 = 2;
-/// A better way than the best is looked for so often, unless the best is quick.
-const UPGRADE: Duration = Duration::from_mins(1);
-const QUICK: Duration = Duration::from_millis(5);
 /// What peers are told of our addresses must not be older.
 const FRESH: Duration = Duration::from_secs(27);
 /// An address that only pings told us of is forgotten when none came for so long.
 const HEARD: Duration = Duration::from_secs(45);
-/// A ping from a way that was silent for so long tells that the peer may have moved.
-const NEWS: Duration = Duration::from_secs(10);
-/// A way that a search found lives by being used: pinged so often even when nobody talks…
-const KEEP: Duration = Duration::from_secs(20);
-/// …until nobody has talked for so long.
-const KEPT_FOR: Duration = Duration::from_mins(15);
 /// New ways are used at once, so that routers take them for conversations.
 const EXERCISE: Duration = Duration::from_secs(1);
 const EXERCISED_FOR: Duration = Duration::from_millis(3500);
-/// A way that datagrams of full size do not pass is tried again after this.
-const TOO_SMALL: Duration = Duration::from_mins(1);
-/// Nor are other ports tried for so long: they would lead the same way.
-const NARROW: Duration = Duration::from_mins(10);
-/// Padded pings until it is believed that they do not pass.
-const WHOLE_TRIES: u32 = 4;
-/// How long a candidate may be believed to pass them.
-const WHOLE_FRESH: Duration = Duration::from_mins(2);
 /// Candidates taken from one message, and kept in all.
 const MOST_TOLD: usize = 32;
 const MOST_CANDIDATES: usize = 100;
-/// WireGuard-only peers: another endpoint is tried when nothing came for so long.
-const SILENT: Duration = Duration::from_secs(5);
 /// Packets that searches of ports may cost each side, and the seconds in which they are granted anew.
 const PROBES: f32 = 3500.0;
 const PROBES_REFILL: f32 = 600.0;
@@ -75,11 +45,6 @@ const PROBES_REFILL: f32 = 600.0;
 const RELAY_TRIP: Duration = Duration::from_millis(250);
 /// What was told by a relay so shortly before it was lost may be lost as well.
 const LOST: Duration = Duration::from_secs(10);
-/// Ways that answer within this time of the first one may all become the best; then a change needs patience.
-const CHOOSING: Duration = Duration::from_secs(1);
-const CHOSEN: Duration = Duration::from_secs(5);
-/// A ping right back to where one came from, no more often than this.
-const PING_BACK: Duration = Duration::from_millis(100);
 
 /// Do datagrams of full size pass?
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -446,257 +411,6 @@ impl PeerState {
         core.ping(now, self.peer.key, Some(way), ttl, Purpose::Discover);
     }
 
-    /// A message of this peer.
-    pub(crate) fn message(&mut self, core: &mut Core, now: Instant, via: Via, message: Message) {
-        if matches!(via, Via::Relay(_)) {
-            self.relay_heard = Some(now);
-        }
-        match (message, via) {
-            (Message::Ping { tx, .. }, Via::Relay(region)) => {
-                // Relays have the address 127.3.3.40 and their number as port.
-                let src = SocketAddr::from(([127, 3, 3, 40], region));
-                core.relay(self.peer.key, Some(region), Message::Pong { tx, src });
-            }
-            (Message::Ping { tx, .. }, Via::Udp(way)) => self.pinged(core, now, way, tx),
-            (Message::Pong { tx, .. }, via) => self.ponged(core, now, via, tx),
-            (Message::CallMeMaybe { endpoints }, Via::Relay(_)) => self.called(core, now, &endpoints),
-            (Message::Traversal(message), Via::Relay(_)) => self.traversal(core, now, message),
-            // Endpoints come by relay only: whoever sends them by UDP is up to something.
-            _ => {}
-        }
-    }
-
-    fn traversal(&mut self, core: &mut Core, now: Instant, message: Traversal) {
-        if !self.requests.take(now) {
-            return;
-        }
-        if let Traversal::Nat { ask, nat } = message {
-            if self.nat != Some(nat) {
-                // What failed with another network may work with this one.
-                self.nat = Some(nat);
-                self.narrow_until = None;
-                Rotation::stop(self, core, now);
-                Searches::again(self);
-            }
-            if ask {
-                self.wanted_until = Some(now + WANTED);
-                self.tell_nat(core, now, false);
-                self.look(core, now);
-            } else if let Some(asked) = self.nat_asked.take() {
-                self.relay_trip = Some(now.saturating_duration_since(asked));
-                self.answered_call(core, now);
-            }
-        } else {
-            Searches::message(self, core, now, message);
-        }
-    }
-
-    fn pinged(&mut self, core: &mut Core, now: Instant, way: Way, tx: TxId) {
-        if self.recent.contains(&(way, tx)) {
-            return;
-        }
-        if self.recent.len() >= 8 {
-            self.recent.pop_front();
-        }
-        self.recent.push_back((way, tx));
-        core.out.push_back(Output::Send {
-            peer: self.peer.key,
-            way,
-            ttl: None,
-            message: Message::Pong { tx, src: way.addr },
-        });
-        core.heard_on(now, way.socket);
-        if self.ways.len() >= MOST_CANDIDATES && !self.ways.contains_key(&way) {
-            self.prune(now);
-            if self.ways.len() >= MOST_CANDIDATES {
-                return;
-            }
-        }
-        self.searches.hit(now, way.socket);
-        // The two sides may prefer different ways; news is only one that was silent before.
-        let news = self.ways.get(&way).and_then(|known| known.heard).is_none_or(|at| now >= at + NEWS);
-        if news && self.best.is_some_and(|best| best.way != way) {
-            self.suspect(now);
-        }
-        let candidate = self.ways.entry(way).or_default();
-        candidate.heard = Some(now);
-        candidate.delicate |= way.socket != SocketId::MAIN;
-        let pinged = candidate.last_ping.is_some_and(|at| now < at + PING_BACK);
-        let proven = candidate.last_pong.is_some_and(|at| now < at + ROUND);
-        if !self.is_direct(now)
-            && (self.is_looking(now) || way.socket != SocketId::MAIN)
-            && !pinged
-            && !proven
-        {
-            self.ping_candidate(core, now, way, None);
-        }
-    }
-
-    fn ponged(&mut self, core: &mut Core, now: Instant, via: Via, tx: TxId) {
-        let Some(ping) = core.answered(&self.peer.key, tx) else { return };
-        let latency = now.saturating_duration_since(ping.at);
-        if let Purpose::User(token) = ping.purpose {
-            core.forget_token(token);
-            let via = ping.way.map_or(via, Via::Udp);
-            core.out.push_back(Output::Pong { token, via, latency });
-        }
-        let way = match (ping.purpose, ping.way, via) {
-            (Purpose::Search, _, Via::Udp(way)) => way,
-            // What was pinged is what works, whatever the answer's source looks like.
-            (_, Some(way), Via::Udp(_)) => way,
-            _ => return,
-        };
-        if ping.purpose == Purpose::Search {
-            self.searches.hit(now, way.socket);
-        }
-        let fresh = !self.ways.contains_key(&way);
-        let candidate = self.ways.entry(way).or_default();
-        candidate.delicate |= ping.purpose == Purpose::Search || way.socket != SocketId::MAIN;
-        // A probe is answered late when many wait: its time says nothing.
-        if !(fresh && ping.purpose == Purpose::Search) || candidate.latency.is_zero() {
-            // The least counts, and is forgotten slowly: what is more was spent in queues.
-            let known = candidate.latency;
-            let rests = known.is_zero() || latency < known;
-            candidate.latency = if rests { latency } else { known + latency.saturating_sub(known) / 8 };
-        }
-        candidate.last_pong = Some(now);
-        candidate.pings = 0;
-        if ping.purpose == Purpose::Whole {
-            candidate.whole = Whole::Passes(now);
-        }
-        self.consider(core, now, way);
-    }
-
-    /// A way has answered: is it the one to take?
-    fn consider(&mut self, core: &mut Core, now: Instant, way: Way) {
-        let pause = self.pause(now, &way);
-        let Some(candidate) = self.ways.get_mut(&way) else { return };
-        let latency = candidate.latency;
-        let first = match candidate.whole {
-            Whole::Unknown => true,
-            Whole::Passes(at) => now >= at + WHOLE_FRESH,
-            Whole::Asked { .. } => false,
-            Whole::Fails(until) => now >= until,
-        };
-        if first {
-            candidate.whole = match candidate.whole {
-                // Still believed while it is asked again.
-                Whole::Passes(_) => Whole::Passes(now),
-                _ => Whole::Asked { tries: 1, next: now + LEAST_WAIT.max(latency * 3) },
-            };
-            core.ping(now, self.peer.key, Some(way), None, Purpose::Whole);
-        }
-        if !matches!(candidate.whole, Whole::Passes(_)) {
-            return;
-        }
-        match &mut self.best {
-            Some(best) if best.way == way => {
-                best.doubted = None;
-                best.suspect = false;
-                best.trusted_until = now + TRUST.max(pause + TRUST / 2);
-                best.missed = 0;
-                best.next_ping = now + pause;
-            }
-            Some(best) => {
-                let trusted = now < best.trusted_until && best.doubted.is_none();
-                // The peer has moved: it answers here, and there no more.
-                let moved = best.suspect && best.missed > 0;
-                let since = best.since;
-                let of_best = self.ways.get(&best.way).map_or(Duration::MAX, |candidate| candidate.latency);
-                let may_change =
-                    now >= since + CHOSEN || self.direct_since.is_some_and(|at| now < at + CHOOSING);
-                let better = may_change && is_better((way.addr, latency), (best.way.addr, of_best));
-                if !trusted || moved || better {
-                    self.take(now, way);
-                }
-            }
-            None => self.take(now, way),
-        }
-        self.found(core, now);
-    }
-
-    fn take(&mut self, now: Instant, way: Way) {
-        let mut best = Best {
-            way,
-            since: now,
-            trusted_until: now + TRUST,
-            doubted: None,
-            next_ping: now,
-            missed: 0,
-            suspect: false,
-        };
-        self.best = Some(best);
-        best.next_ping += self.pause(now, &way);
-        self.best = Some(best);
-        self.last_upgrade = now;
-    }
-
-    fn latency(&self, way: &Way) -> Duration {
-        self.ways.get(way).map_or(Duration::ZERO, |candidate| candidate.latency)
-    }
-
-    /// From an answer to the next heartbeat.
-    fn pause(&self, now: Instant, way: &Way) -> Duration {
-        let delicate = self.ways.get(way).is_some_and(|candidate| candidate.delicate);
-        let since = self.best.filter(|best| best.way == *way).map(|best| best.since);
-        match since {
-            Some(since) if delicate && now < since + EXERCISED_FOR => EXERCISE,
-            _ if self.is_active(now) || !delicate => HEARTBEAT,
-            _ => KEEP,
-        }
-    }
-
-    fn found(&mut self, core: &mut Core, now: Instant) {
-        if let Some(best) = self.best.filter(|_| self.is_direct(now)) {
-            self.direct_since.get_or_insert(now);
-            if self.session.take().is_some() {
-                // Users whose pings wait for a relay that does not answer need not wait longer.
-                for token in core.waiting_tokens(&self.peer.key) {
-                    core.ping(now, self.peer.key, Some(best.way), None, Purpose::User(token));
-                }
-            }
-            Rotation::stop(self, core, now);
-            Searches::found(self, core, now);
-        }
-        self.settle(core);
-    }
-
-    /// The peer says where it is and asks for pings: its NAT is open for them now.
-    fn called(&mut self, core: &mut Core, now: Instant, endpoints: &[SocketAddr]) {
-        if !self.requests.take(now) {
-            return;
-        }
-        let told: Vec<_> = endpoints
-            .iter()
-            .copied()
-            .filter(|addr| is_usable(*addr))
-            .take(MOST_TOLD)
-            .map(Way::main)
-            .collect();
-        if self.best.is_some_and(|best| !told.contains(&best.way)) {
-            self.suspect(now);
-        }
-        for candidate in self.ways.values_mut() {
-            candidate.told = false;
-            candidate.last_ping = None;
-        }
-        for way in told {
-            if self.ways.len() >= MOST_CANDIDATES && !self.ways.contains_key(&way) {
-                break;
-            }
-            self.ways.entry(way).or_default().told = true;
-        }
-        self.prune(now);
-        if !self.is_direct(now) {
-            self.round(core, now, false, true);
-        } else {
-            // A better way than the present one may be among them.
-            self.round(core, now, false, false);
-        }
-        self.settle(core);
-        self.look(core, now);
-    }
-
     /// Forgets candidates that nothing speaks for any more.
     fn prune(&mut self, now: Instant) {
         let best = self.best.map(|best| best.way);
@@ -745,29 +459,6 @@ impl PeerState {
         }
     }
 
-    /// A WireGuard packet came from there.
-    pub(crate) fn authenticated(&mut self, now: Instant, way: Way) {
-        if let Some(only) = &mut self.only {
-            only.heard = Some(now);
-        } else if self.best.is_some_and(|best| best.way != way) {
-            self.suspect(now);
-        }
-    }
-
-    /// The peer may have moved: the best way is asked at once whether it still is one.
-    fn suspect(&mut self, now: Instant) {
-        let Some(best) = &mut self.best else { return };
-        if best.suspect || best.doubted.is_some() {
-            return;
-        }
-        best.suspect = true;
-        // One may be on its way already.
-        if best.missed == 0 {
-            let answered = self.ways.get(&best.way).and_then(|candidate| candidate.last_pong);
-            best.next_ping = answered.map_or(now, |at| (at + LEAST_WAIT).max(now)).min(best.next_ping);
-        }
-    }
-
     /// What the peer's answer by relay takes.
     pub(crate) fn relay_trip(&self) -> Duration {
         self.relay_trip.unwrap_or(RELAY_TRIP)
@@ -800,153 +491,6 @@ impl PeerState {
             }
         }
         self.sending(core, now);
-    }
-
-    /// When [`Self::wake`] is due.
-    pub(crate) fn timeout(&self, now: Instant) -> Option<Instant> {
-        let session = self.session.map(|session| session.next);
-        let best = self.best.map(|best| match best.doubted {
-            Some(at) => at + GIVE_UP,
-            None if best.suspect || self.pings_best(now, &best) => best.next_ping.min(best.trusted_until),
-            None => best.trusted_until,
-        });
-        let dormant = self.best.is_some_and(|best| best.doubted.is_some()) && !self.is_looking(now);
-        let whole = self.ways.values().filter_map(|candidate| match candidate.whole {
-            Whole::Asked { next, .. } => Some(next),
-            _ => None,
-        });
-        let only = self
-            .only
-            .filter(|_| self.is_active(now))
-            .map(|only| only.heard.unwrap_or(only.since).max(only.since) + SILENT);
-        let rotation = self.rotation.as_ref().map(Rotation::timeout);
-        let search = self.searches.timeout();
-        [session, best.filter(|_| !dormant), only, rotation, search].into_iter().flatten().chain(whole).min()
-    }
-
-    /// Does the best way get pings? While it is used, and longer if it is one that would be lost by silence.
-    fn pings_best(&self, now: Instant, best: &Best) -> bool {
-        let delicate = self.ways.get(&best.way).is_some_and(|candidate| candidate.delicate);
-        self.is_active(now)
-            || (delicate
-                && (now < best.since + EXERCISED_FOR
-                    || self.active_until.is_some_and(|at| now < at + KEPT_FOR)))
-    }
-
-    /// Does what is due.
-    pub(crate) fn wake(&mut self, core: &mut Core, now: Instant) {
-        self.wake_only(core, now);
-        self.wake_best(core, now);
-        self.wake_whole(core, now);
-        if let Some(session) = self.session {
-            if !self.is_looking(now) {
-                self.session = None;
-                Rotation::stop(self, core, now);
-            } else if session.next <= now {
-                self.next_round(core, now, session);
-            }
-        }
-        Rotation::wake(self, core, now);
-        Searches::wake(self, core, now);
-    }
-
-    fn next_round(&mut self, core: &mut Core, now: Instant, session: Session) {
-        let steady = session.round >= 3;
-        self.prune(now);
-        self.round(core, now, session.round == 0, !steady);
-        // Peers learn where we are at first, once more if that was lost, and then with each round.
-        if session.round != 1 {
-            self.call_me_maybe(core, now, &[]);
-        }
-        let next = match session.round {
-            0 if self.nat.is_some() && self.peer.home != 0 => session.since + UNANSWERED,
-            0 => session.since + SECOND_ROUND,
-            1 => session.since + THIRD_ROUND,
-            _ => now + ROUND,
-        };
-        self.session = Some(Session { round: session.round + 1, next: next.max(now), ..session });
-        if steady && core.local_at.is_some_and(|at| now >= at + FRESH) {
-            core.out.push_back(Output::Measure);
-        }
-    }
-
-    /// The peer has heard our call and pinged us: what we send now meets open doors.
-    fn answered_call(&mut self, core: &mut Core, now: Instant) {
-        if let Some(session) = self.session
-            && session.round == 1
-        {
-            self.next_round(core, now, session);
-        }
-    }
-
-    fn wake_only(&mut self, core: &mut Core, now: Instant) {
-        let active = self.is_active(now);
-        if let Some(only) = &mut self.only
-            && active
-            && now >= only.heard.unwrap_or(only.since).max(only.since) + SILENT
-        {
-            only.at += 1;
-            only.since = now;
-            self.settle(core);
-        }
-    }
-
-    fn wake_best(&mut self, core: &mut Core, now: Instant) {
-        let Some(mut best) = self.best else { return };
-        if let Some(at) = best.doubted {
-            // Nobody is there to notice: the next packet finds out.
-            if now >= at + GIVE_UP && self.is_looking(now) {
-                self.best = None;
-                self.settle(core);
-                self.look(core, now);
-            }
-            return;
-        }
-        let pings = best.suspect || self.pings_best(now, &best);
-        let enough = if best.suspect { 1 } else { DOUBTS };
-        if now >= best.trusted_until || (best.missed >= enough && best.next_ping <= now) {
-            best.doubted = Some(now);
-            best.trusted_until = best.trusted_until.min(now);
-            self.best = Some(best);
-            self.direct_since = None;
-            self.settle(core);
-            self.look(core, now);
-            return;
-        }
-        if !pings || best.next_ping > now {
-            return;
-        }
-        let latency = self.latency(&best.way);
-        core.ping(now, self.peer.key, Some(best.way), None, Purpose::Heartbeat);
-        best.missed += 1;
-        best.next_ping = now + LEAST_WAIT.max(latency * 3);
-        self.best = Some(best);
-        if self.is_active(now) && now >= self.last_upgrade + UPGRADE {
-            self.last_upgrade = now;
-            if latency > QUICK {
-                self.round(core, now, false, false);
-                self.call_me_maybe(core, now, &[]);
-            }
-        }
-    }
-
-    fn wake_whole(&mut self, core: &mut Core, now: Instant) {
-        for (way, candidate) in &mut self.ways {
-            let Whole::Asked { tries, next } = candidate.whole else { continue };
-            if next > now {
-                continue;
-            }
-            if tries >= WHOLE_TRIES {
-                candidate.whole = Whole::Fails(now + TOO_SMALL);
-                if way.addr.is_ipv4() {
-                    self.narrow_until = Some(now + NARROW);
-                }
-                continue;
-            }
-            let wait = LEAST_WAIT.max(candidate.latency * 3);
-            candidate.whole = Whole::Asked { tries: tries + 1, next: now + wait };
-            core.ping(now, self.peer.key, Some(*way), None, Purpose::Whole);
-        }
     }
 
     /// The peer's addresses outside, which our main socket is opened to.
