@@ -6,7 +6,7 @@
 //! clear: sealing them is the owner's work. How it works, in words and pictures: `docs/nat-traversal.md`.
 //!
 //! The rules for pings, trust and choice are those of disco (`reference/derp-and-nat-traversal.md`, sections 14 to 17);
-//! they are in `peer.rs`. What goes beyond them: `rotation.rs` (another socket when a port is spoilt), `survey.rs`
+//! they are in `peer.rs` and `peer/`. What goes beyond them: `rotation.rs` (another socket when a port is spoilt), `survey.rs`
 //! (from where a NAT takes its ports) and `search.rs` with `prober.rs` (finding a port of a NAT whose mapping varies).
 
 mod core;
