@@ -137,6 +137,9 @@ impl Prober {
         }
         let mut ports = Vec::new();
         for range in ranges {
+            if ports.len() >= MOST_PORTS {
+                break;
+            }
             let mut some: Vec<_> = range.filter(|port| *port != 0).collect();
             core.rng.shuffle(&mut some);
             ports.extend(some);
