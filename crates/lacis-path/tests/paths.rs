@@ -54,7 +54,7 @@ impl Alice {
 }
 
 fn at(text: &str) -> SocketAddr {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 fn bob(endpoints: &[&str]) -> Peer {
