@@ -30,9 +30,9 @@ use crate::types::{Output, SocketId, Way};
 
 /// The quick rounds have this long before a search begins.
 const AFTER: Duration = Duration::from_millis(600);
-/// Tries in a series, and how many hops more than the first each has, for routers in a row. One router is most common,
-/// and with too many hops a try spoils its ports: so that comes twice.
-const MORE_HOPS: [u8; 4] = [0, 1, 0, 2];
+/// Tries in a series, and how many hops more than the first each has, for routers in a row. One router or two are most
+/// common, and with another number of hops a try is in vain: so these come twice.
+const MORE_HOPS: [u8; 5] = [0, 1, 0, 1, 2];
 /// From one try to the next, and from one series to the next.
 const NEXT_TRY: Duration = Duration::from_millis(400);
 const NEXT_SERIES: Duration = Duration::from_mins(10);
