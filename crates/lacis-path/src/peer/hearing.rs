@@ -187,14 +187,12 @@ impl PeerState {
             }
             Some(best) => {
                 let trusted = now < best.trusted_until && best.doubted.is_none();
-                // The peer has moved: it answers here, and there no more.
-                let moved = best.suspect && best.missed > 0;
                 let since = best.since;
                 let of_best = self.ways.get(&best.way).map_or(Duration::MAX, |candidate| candidate.latency);
                 let may_change =
                     now >= since + CHOSEN || self.direct_since.is_some_and(|at| now < at + CHOOSING);
                 let better = may_change && is_better((way.addr, latency), (best.way.addr, of_best));
-                if !trusted || moved || better {
+                if !trusted || better {
                     self.take(now, way);
                 }
             }

@@ -16,7 +16,7 @@ const GIVE_UP: Duration = Duration::from_secs(4);
 /// that does more. It comes as soon as the peer has answered by relay; stock clients do not, and are not waited for.
 const SECOND_ROUND: Duration = Duration::from_millis(500);
 /// The second round of a peer that should have answered.
-const UNANSWERED: Duration = Duration::from_millis(900);
+const UNANSWERED: Duration = Duration::from_millis(600);
 /// One more before the pace is that of [`ROUND`].
 const THIRD_ROUND: Duration = Duration::from_millis(1300);
 /// A better way than the best is looked for so often, unless the best is quick.
@@ -86,8 +86,9 @@ impl PeerState {
         let steady = session.round >= 3;
         self.prune(now);
         self.round(core, now, session.round == 0, !steady);
-        // Peers learn where we are at first, once more if that was lost, and then with each round.
-        if session.round != 1 {
+        // Peers learn where we are at first, and then with each round. An answer tells that the second need not repeat it.
+        let heard = self.relay_heard.is_some_and(|at| at >= session.since);
+        if session.round != 1 || !heard {
             self.call_me_maybe(core, now, &[]);
         }
         let next = match session.round {

@@ -8,6 +8,11 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use crate::error::Error;
 
+/// Sets the length of a device's queue; libc has no name for it.
+const SIOCSIFTXQLEN: libc::Ioctl = 0x8943;
+/// Packets that wait for the packet thread. The kernel's 500 are 4 ms of small ones, less than a busy scheduler may keep
+/// it waiting.
+const QUEUE: libc::c_int = 2000;
 /// Length of the virtio header before every packet.
 pub(crate) const VNET_LEN: usize = 10;
 /// The longest packet that the device gives or takes.
@@ -168,6 +173,11 @@ impl Tun {
         request.value.number = libc::c_int::from(mtu);
         ioctl(socket.as_fd(), libc::SIOCSIFMTU as libc::Ioctl, &mut request)
             .map_err(failed("setting the MTU"))?;
+        let mut request = IfReq::new(&self.name);
+        request.value.number = QUEUE;
+        if let Err(error) = ioctl(socket.as_fd(), SIOCSIFTXQLEN, &mut request) {
+            tracing::debug!(%error, "the device keeps its short queue");
+        }
         let mut request = IfReq::new(&self.name);
         ioctl(socket.as_fd(), libc::SIOCGIFFLAGS as libc::Ioctl, &mut request)
             .map_err(failed("reading its flags"))?;
