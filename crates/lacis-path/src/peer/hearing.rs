@@ -236,6 +236,10 @@ impl PeerState {
         if let Some(best) = self.best.filter(|_| self.is_direct(now)) {
             self.direct_since.get_or_insert(now);
             if self.session.take().is_some() {
+                // A stock client may have pinged before our NAT was open, and does it again only when called.
+                if self.nat.is_none() {
+                    self.call_me_maybe(core, now, &[]);
+                }
                 // Users whose pings wait for a relay that does not answer need not wait longer.
                 for token in core.waiting_tokens(&self.peer.key) {
                     core.ping(now, self.peer.key, Some(best.way), None, Purpose::User(token));
