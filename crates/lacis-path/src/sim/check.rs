@@ -200,8 +200,8 @@ mod tests {
         assert_eq!(bad(&|it| it.flows[0].direct_since = Some(16 * second)), [Property::Direct]);
         assert_eq!(bad(&|it| it.flows[0].pinged = Some(false)), [Property::Ping]);
         assert_eq!(bad(&|it| it.nodes[0].sockets = MOST_SOCKETS + 1), [Property::Sockets]);
-        assert_eq!(bad(&|it| it.nodes[0].control[3] = 2501), [Property::Budget]);
-        assert_eq!(bad(&|it| it.nodes[1].control[70] += 240), [Property::Budget]);
+        assert_eq!(bad(&|it| it.nodes[0].control[3] = MOST_IN_A_MINUTE as u16 + 1), [Property::Budget]);
+        assert_eq!(bad(&|it| it.nodes[1].control[70] += MOST_WHEN_SETTLED as u16), [Property::Budget]);
         assert_eq!(bad(&|it| it.nodes[1].changes.extend([(60 * second, 0); 3])), [Property::Settles]);
         assert_eq!(bad(&|it| it.faults.push("panic".to_owned())), [Property::Sane]);
         let mut impossible = scenario.clone();
