@@ -1,7 +1,7 @@
 //! The addresses of this host at which others may find it: candidates for its endpoints.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use futures_util::TryStreamExt as _;
 use lacis_wire::control::endpoint_type::{EXPLICIT, LOCAL, PORT_MAPPED, STUN, STUN_LOCAL_PORT};
@@ -91,8 +91,6 @@ pub(crate) fn is_shared(ip: Ipv4Addr) -> bool {
 }
 
 fn usable(all: Vec<Address>) -> Vec<Address> {
-    let is_unique_local = |ip: &Ipv6Addr| ip.segments()[0] & 0xfe00 == 0xfc00;
-    let is_v6_link_local = |ip: &Ipv6Addr| ip.segments()[0] & 0xffc0 == 0xfe80;
     let mut ordinary: Vec<Address> = Vec::new();
     let mut poor = Vec::new();
     let mut loopback = Vec::new();
@@ -101,8 +99,8 @@ fn usable(all: Vec<Address>) -> Vec<Address> {
             ip if ip.is_unspecified() || ip.is_multicast() => {}
             ip if ip.is_loopback() => loopback.push(address),
             IpAddr::V4(v4) if v4.is_link_local() => poor.push(address),
-            IpAddr::V6(v6) if is_v6_link_local(&v6) => {}
-            IpAddr::V6(v6) if is_unique_local(&v6) => poor.push(address),
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {}
+            IpAddr::V6(v6) if v6.is_unique_local() => poor.push(address),
             IpAddr::V6(v6) => {
                 let subnet = |other: &&Address| matches!(other.ip, IpAddr::V6(o) if o.segments()[..4] == v6.segments()[..4]);
                 if ordinary.iter().filter(subnet).count() < PER_V6_SUBNET {

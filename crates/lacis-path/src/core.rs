@@ -13,7 +13,7 @@ use crate::survey::Survey;
 use crate::types::{Local, Output, RegionId, SocketId, Way};
 
 /// An unanswered ping is forgotten after this.
-pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pings to an address in use come more often than this.
 const USED: Duration = Duration::from_secs(30);
 /// A peer has this long to choose a way that it was told of.
@@ -39,7 +39,7 @@ pub(crate) enum Purpose {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SentPing {
     pub(crate) peer: NodeKey,
-    /// `None` by relay.
+    /// `None` by relay, and for probes, which go many ways.
     pub(crate) way: Option<Way>,
     pub(crate) at: Instant,
     pub(crate) purpose: Purpose,
@@ -140,8 +140,19 @@ impl Core {
         });
     }
 
+    /// Sends one of the probes that share an id.
+    pub(crate) fn probe(&mut self, peer: NodeKey, way: Way, ttl: Option<u8>, tx: TxId) {
+        let message = Message::Ping { tx, node_key: Some(self.own), padding: 0 };
+        self.out.push_back(Output::Send { peer, way, ttl, message });
+    }
+
+    /// Whichever of these probes is answered: its answer counts.
+    pub(crate) fn expect_probes(&mut self, now: Instant, peer: NodeKey, tx: TxId) {
+        self.expect(now, tx, SentPing { peer, way: None, at: now, purpose: Purpose::Search });
+    }
+
     /// Remembers a ping until it is answered or [`PING_TIMEOUT`] has passed.
-    pub(crate) fn expect(&mut self, now: Instant, tx: TxId, ping: SentPing) {
+    fn expect(&mut self, now: Instant, tx: TxId, ping: SentPing) {
         self.pings.insert(tx, ping);
         self.timeouts.push_back((now + PING_TIMEOUT, tx));
     }

@@ -13,6 +13,7 @@ mod core;
 mod paths;
 mod peer;
 mod prober;
+mod question;
 mod rotation;
 mod score;
 mod search;

@@ -5,8 +5,8 @@
 mod hearing;
 mod waking;
 
-use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use lacis_wire::disco::traversal::{Mapping, NatReport, Traversal};
@@ -381,12 +381,8 @@ impl PeerState {
             if (rests && !all) || core.is_own(way.addr) || self.is_small(&way, now) {
                 continue;
             }
-            let ttl = (opening
-                && Some(way) != best
-                && way.addr.is_ipv4()
-                && !is_private(way.addr.ip())
-                && core.behind_nat())
-            .then_some(OPENING_TTL);
+            let opens = opening && Some(way) != best && is_outside(way.addr) && core.behind_nat();
+            let ttl = opens.then_some(OPENING_TTL);
             self.ping_candidate(core, now, way, ttl);
         }
     }
@@ -494,16 +490,8 @@ impl PeerState {
     }
 
     /// The peer's addresses outside, which our main socket is opened to.
-    pub(crate) fn outside(&self) -> Vec<SocketAddr> {
-        let mut all: Vec<_> = self
-            .ways
-            .keys()
-            .map(|way| way.addr)
-            .filter(|addr| addr.is_ipv4() && !is_private(addr.ip()))
-            .collect();
-        all.sort_unstable();
-        all.dedup();
-        all
+    pub(crate) fn outside(&self) -> BTreeSet<SocketAddr> {
+        self.ways.keys().map(|way| way.addr).filter(|addr| is_outside(*addr)).collect()
     }
 
     pub(crate) fn mapping(&self) -> Mapping {
@@ -511,9 +499,14 @@ impl PeerState {
     }
 }
 
+/// Is this an address that a NAT of ours has to be opened to?
+fn is_outside(addr: SocketAddr) -> bool {
+    addr.is_ipv4() && !is_private(addr.ip())
+}
+
 /// Can anybody be at this address?
 fn is_usable(addr: SocketAddr) -> bool {
     let ip = addr.ip();
-    let link_local = matches!(ip, std::net::IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80);
+    let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
     addr.port() != 0 && !ip.is_unspecified() && !ip.is_multicast() && !link_local
 }

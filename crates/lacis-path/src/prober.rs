@@ -8,13 +8,14 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
+use lacis_wire::disco::TxId;
 use lacis_wire::disco::traversal::{Mapping, ProbeFrom, Traversal};
-use lacis_wire::disco::{Message, TxId};
 
-use crate::core::{Core, Purpose, SentPing, Use};
+use crate::core::{Core, Use};
 use crate::peer::PeerState;
+use crate::question::Question;
 use crate::search::{FEW, HIT, Outcome, REPEAT, REPEATS, TICK, close_unused};
-use crate::types::{Output, SocketId, Way};
+use crate::types::{SocketId, Way};
 
 /// Probes in each burst: 1,000 a second.
 const PROBES: usize = 10;
@@ -29,21 +30,22 @@ const CANARY_AGAIN: Duration = Duration::from_millis(250);
 const CANARY_LOST: Duration = Duration::from_millis(700);
 /// The last answers may take this long.
 const LAST_ANSWERS: Duration = Duration::from_millis(800);
-/// A new socket's place is asked for so often.
-const ASK_AGAIN: Duration = Duration::from_millis(150);
-const ASKS: usize = 3;
-
 /// A socket that was opened because an opener asked for a port that nothing has spoilt.
 #[derive(Debug)]
 pub(crate) struct Fresh {
     search: u32,
     pub(crate) socket: SocketId,
-    asked: Vec<TxId>,
-    told: bool,
-    pub(crate) next: Option<Instant>,
+    /// Where it is; none before it is open, and after the answer.
+    question: Option<Question>,
+    /// There is nothing more to ask, only an answer to wait for.
+    asked: bool,
 }
 
 impl Fresh {
+    pub(crate) fn timeout(&self) -> Option<Instant> {
+        self.question.as_ref().filter(|_| !self.asked).map(|question| question.next)
+    }
+
     pub(crate) fn asked(state: &mut PeerState, core: &mut Core, now: Instant, search: u32) {
         if !core.local.searches || core.local.stun.is_empty() || !core.local.udp {
             return;
@@ -52,7 +54,7 @@ impl Fresh {
             close_unused(state, core, now, old.socket);
         }
         let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
-        state.searches.fresh = Some(Self { search, socket, asked: Vec::new(), told: false, next: None });
+        state.searches.fresh = Some(Self { search, socket, question: None, asked: false });
     }
 
     pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
@@ -60,32 +62,27 @@ impl Fresh {
             return;
         };
         if ok {
-            fresh.asked.extend(core.reflect(socket, 0));
-            fresh.next = Some(now + ASK_AGAIN);
+            fresh.question = Some(Question::ask(core, now, socket));
         } else {
             state.searches.fresh = None;
         }
     }
 
     pub(crate) fn reflected(state: &mut PeerState, core: &mut Core, tx: TxId, seen: SocketAddr) {
-        let Some(fresh) = state.searches.fresh.as_mut().filter(|fresh| fresh.asked.contains(&tx)) else {
-            return;
-        };
-        if let (SocketAddr::V4(at), false) = (seen, fresh.told) {
-            fresh.told = true;
+        let Some(fresh) = &mut state.searches.fresh else { return };
+        if let SocketAddr::V4(at) = seen
+            && fresh.question.take_if(|question| question.is_answered_by(tx)).is_some()
+        {
             core.tell(state.peer.key, Traversal::FreshAt { search: fresh.search, at });
         }
-        fresh.next = None;
     }
 
     pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
-        let Some(fresh) = &mut state.searches.fresh else { return };
-        if fresh.next.is_none_or(|next| next > now) {
-            return;
-        }
-        fresh.next = (fresh.asked.len() < ASKS).then_some(now + ASK_AGAIN);
-        if fresh.next.is_some() {
-            fresh.asked.extend(core.reflect(fresh.socket, fresh.asked.len()));
+        if let Some(fresh) = &mut state.searches.fresh
+            && fresh.timeout().is_some_and(|at| at <= now)
+            && let Some(question) = &mut fresh.question
+        {
+            fresh.asked = !question.again(core, now);
         }
     }
 }
@@ -271,21 +268,10 @@ impl Prober {
             // All sockets try a port before the next one.
             let socket = self.sockets[n % self.sockets.len()];
             let addr = SocketAddr::V4(SocketAddrV4::new(self.at, self.ports[n / self.sockets.len()]));
-            let message = Message::Ping { tx: self.tx, node_key: Some(core.own), padding: 0 };
-            core.out.push_back(Output::Send {
-                peer: state.peer.key,
-                way: Way { socket, addr },
-                ttl: None,
-                message,
-            });
+            core.probe(state.peer.key, Way { socket, addr }, None, self.tx);
         }
         if self.sent == 0 {
-            let way = Some(Way::main(SocketAddr::from((self.at, 0))));
-            core.expect(
-                now,
-                self.tx,
-                SentPing { peer: state.peer.key, way, at: now, purpose: Purpose::Search },
-            );
+            core.expect_probes(now, state.peer.key, self.tx);
         }
         state.probes_sent += (end - self.sent) as u32;
         self.sent = end;

@@ -18,6 +18,7 @@ use lacis_wire::disco::traversal::Mapping;
 
 use crate::core::{Core, Purpose, Use};
 use crate::peer::{OPENING_TTL, PeerState};
+use crate::question::{ASK_AGAIN, Question};
 use crate::search::close_unused;
 use crate::types::{SocketId, Way};
 
@@ -27,11 +28,6 @@ const AFTER: Duration = Duration::from_millis(550);
 const ATTEMPTS: u8 = 3;
 /// The next series.
 const AGAIN: Duration = Duration::from_mins(2);
-/// A server that does not answer is asked again, and another one.
-const ASK_AGAIN: Duration = Duration::from_millis(150);
-const ASKS: usize = 3;
-/// The answer to the last question may take so long.
-const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// From the opening to our own pings: the peer's come first.
 const THEN_PING: Duration = Duration::from_millis(300);
 /// And from there to the next attempt.
@@ -44,7 +40,7 @@ enum Step {
     /// Nothing yet, or between two series.
     Waiting,
     Opening,
-    Asking(Vec<TxId>),
+    Asking(Question),
     Opened,
     Pinged,
 }
@@ -64,7 +60,7 @@ impl Rotation {
     }
 
     /// The present attempt's socket.
-    pub(crate) fn uses(&self, socket: SocketId) -> bool {
+    fn uses(&self, socket: SocketId) -> bool {
         !matches!(self.step, Step::Waiting) && self.socket == socket
     }
 
@@ -123,13 +119,12 @@ impl Rotation {
                 self.next = now + ASK_AGAIN * 4;
             }
             Step::Opening => self.give_up(state, core, now),
-            Step::Asking(asked) => {
-                if asked.len() >= ASKS {
+            Step::Asking(question) => {
+                if question.again(core, now) {
+                    self.next = question.next;
+                } else {
                     self.give_up(state, core, now);
-                    return;
                 }
-                asked.extend(core.reflect(self.socket, asked.len()));
-                self.next = now + if asked.len() < ASKS { ASK_AGAIN } else { LAST_ANSWER };
             }
             Step::Opened => {
                 self.send(state, core, now, None);
@@ -154,10 +149,11 @@ impl Rotation {
     pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
         let Some(mut rotation) = state.rotation.take() else { return };
         if rotation.uses(socket) {
-            rotation.step =
-                Step::Asking(if ok { core.reflect(socket, 0).into_iter().collect() } else { Vec::new() });
-            rotation.next = if ok { now + ASK_AGAIN } else { now };
-            if !ok {
+            if ok {
+                let question = Question::ask(core, now, socket);
+                rotation.next = question.next;
+                rotation.step = Step::Asking(question);
+            } else {
                 rotation.give_up(state, core, now);
                 rotation.next = now + AGAIN;
             }
@@ -173,7 +169,7 @@ impl Rotation {
         seen: SocketAddr,
     ) {
         let Some(mut rotation) = state.rotation.take() else { return };
-        if matches!(&rotation.step, Step::Asking(asked) if asked.contains(&tx)) {
+        if matches!(&rotation.step, Step::Asking(question) if question.is_answered_by(tx)) {
             rotation.send(state, core, now, Some(OPENING_TTL + rotation.attempt));
             state.call_me_maybe(core, now, &[seen]);
             rotation.step = Step::Opened;

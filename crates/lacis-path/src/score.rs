@@ -20,7 +20,7 @@ pub(crate) fn is_better(a: (SocketAddr, Duration), b: (SocketAddr, Duration)) ->
 fn points(ip: IpAddr) -> u32 {
     let link_local = match ip {
         IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.segments()[0] & 0xffc0 == 0xfe80,
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
     let near = match ip {
         _ if ip.is_loopback() => 50,

@@ -19,12 +19,14 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
+use lacis_wire::disco::TxId;
 use lacis_wire::disco::traversal::{Allocator, Mapping, NatReport, ProbeFrom, Traversal};
-use lacis_wire::disco::{Message, TxId};
+use lacis_wire::key::NodeKey;
 
-use crate::core::{Core, Purpose, SentPing, Use};
+use crate::core::{Core, Use};
 use crate::peer::{OPENING_TTL, PeerState};
 use crate::prober::{Fresh, Prober};
+use crate::question::{ASK_AGAIN, LAST_ANSWER, Question};
 use crate::survey::{LINUX_LOW, Survey};
 use crate::types::{Output, SocketId, Way};
 
@@ -44,11 +46,6 @@ const EXHAUSTED: Duration = Duration::from_mins(30);
 pub(crate) const TICK: Duration = Duration::from_millis(10);
 /// Openings in each: 2,000 a second.
 const OPENINGS: usize = 20;
-/// A server that does not answer is asked again, and another one.
-const ASK_AGAIN: Duration = Duration::from_millis(150);
-const ASKS: usize = 3;
-/// The answer to the last question may take so long.
-const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// So many openings may be more than a small router or a carrier allows.
 const MANY: usize = 64;
 /// So few packets are sent again, in case one is lost.
@@ -89,7 +86,7 @@ enum Step {
     /// Our sockets are being opened.
     Sockets,
     /// A server is asked where our socket, or the counter, is.
-    Asking(Vec<TxId>),
+    Asking(Question),
     /// Packets go out; the next is this one.
     Opening(usize),
     /// A new socket asks a server for its place: does the network let further flows through?
@@ -167,7 +164,7 @@ impl Searches {
     pub(crate) fn timeout(&self) -> Option<Instant> {
         let opener = self.opener.as_ref().map(|opener| opener.next);
         let prober = self.prober.as_ref().map(|prober| prober.next);
-        let fresh = self.fresh.as_ref().and_then(|fresh| fresh.next);
+        let fresh = self.fresh.as_ref().and_then(Fresh::timeout);
         [opener, prober, fresh, self.next].into_iter().flatten().min()
     }
 
@@ -225,21 +222,22 @@ impl Searches {
             }
             Traversal::Missed { search, exhausted, .. } => {
                 if state.searches.opener.as_ref().is_some_and(|opener| opener.search == search) {
-                    Self::missed(state, core, now, exhausted);
+                    let outcome = if exhausted { Outcome::Exhausted } else { Outcome::Missed };
+                    Self::missed(state, core, now, outcome);
                 }
             }
         }
     }
 
-    fn missed(state: &mut PeerState, core: &mut Core, now: Instant, exhausted: bool) {
+    fn missed(state: &mut PeerState, core: &mut Core, now: Instant, outcome: Outcome) {
         Self::stop(state, core, now);
         let searches = &mut state.searches;
         searches.tries += 1;
-        searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
-        let pause = match (exhausted, usize::from(searches.tries) < MORE_HOPS.len()) {
-            (true, _) => EXHAUSTED,
-            (false, true) => NEXT_TRY,
-            (false, false) => NEXT_SERIES,
+        searches.outcome = Some(outcome);
+        let pause = match outcome {
+            Outcome::Exhausted => EXHAUSTED,
+            Outcome::Missed if usize::from(searches.tries) < MORE_HOPS.len() => NEXT_TRY,
+            Outcome::Missed => NEXT_SERIES,
         };
         if pause != NEXT_TRY {
             searches.tries = 0;
@@ -261,7 +259,7 @@ impl Searches {
                 Self::stop(state, core, now);
                 state.searches.next = Some(now + UNANSWERED);
             } else if let Some(outcome) = end {
-                Self::missed(state, core, now, outcome == Outcome::Exhausted);
+                Self::missed(state, core, now, outcome);
             }
             return;
         }
@@ -376,30 +374,23 @@ impl Searches {
     ) {
         Fresh::reflected(state, core, tx, seen);
         Prober::reflected(state, core, tx);
-        let canary = match &state.searches.opener {
-            Some(Opener { step: Step::Canary { socket, asked }, .. }) if asked.contains(&tx) => Some(*socket),
-            _ => None,
-        };
-        if let (Some(canary), Some(mut opener)) =
-            (canary, state.searches.opener.take_if(|_| canary.is_some()))
-        {
-            core.close_socket(canary);
-            opener.call_prober(state, core, now, usize::MAX);
-            state.searches.opener = Some(opener);
-            return;
+        let Some(mut opener) = state.searches.opener.take() else { return };
+        match (&opener.step, opener.plan.from_seen) {
+            (Step::Canary { socket, asked }, _) if asked.contains(&tx) => {
+                core.close_socket(*socket);
+                opener.call_prober(state, core, now, 0);
+            }
+            (Step::Asking(question), Some(following)) if question.is_answered_by(tx) => {
+                let port = seen.port();
+                let first = port.saturating_add(u16::from(following > 0));
+                opener.plan.ports = first..=port.saturating_add(following);
+                opener.at = Some(seen.ip());
+                opener.step = Step::Opening(0);
+                opener.next = now;
+            }
+            _ => {}
         }
-        if let Some(opener) = &mut state.searches.opener
-            && let Step::Asking(asked) = &opener.step
-            && asked.contains(&tx)
-            && let Some(following) = opener.plan.from_seen
-        {
-            let port = seen.port();
-            let first = port.saturating_add(u16::from(following > 0));
-            opener.plan.ports = first..=port.saturating_add(following);
-            opener.at = Some(seen.ip());
-            opener.step = Step::Opening(0);
-            opener.next = now;
-        }
+        state.searches.opener = Some(opener);
     }
 
     /// A probe has arrived on one of our sockets, or one of ours was answered.
@@ -418,7 +409,7 @@ impl Searches {
 }
 
 impl Opener {
-    fn open(&mut self, core: &mut Core, now: Instant, peer: lacis_wire::key::NodeKey) {
+    fn open(&mut self, core: &mut Core, now: Instant, peer: NodeKey) {
         self.step = Step::Sockets;
         self.next = now + ANSWER;
         for _ in 0..self.plan.sockets {
@@ -438,18 +429,20 @@ impl Opener {
             }
             Step::Sockets if self.sockets.is_empty() => return Some(Outcome::Missed),
             Step::Sockets if self.plan.from_seen.is_some() => {
-                self.step = Step::Asking(core.reflect(self.sockets[0], 0).into_iter().collect());
-                self.next = now + ASK_AGAIN;
+                let question = Question::ask(core, now, self.sockets[0]);
+                self.next = question.next;
+                self.step = Step::Asking(question);
             }
-            Step::Asking(asked) if asked.len() >= ASKS => return Some(Outcome::Missed),
             Step::Canary { asked, .. } if asked.len() != 1 => return Some(Outcome::Exhausted),
             Step::Canary { socket, asked } => {
                 asked.extend(core.reflect(*socket, 1));
                 self.next = now + LAST_ANSWER / 2;
             }
-            Step::Asking(asked) => {
-                asked.extend(core.reflect(self.sockets[0], asked.len()));
-                self.next = now + if asked.len() < ASKS { ASK_AGAIN } else { LAST_ANSWER };
+            Step::Asking(question) => {
+                if !question.again(core, now) {
+                    return Some(Outcome::Missed);
+                }
+                self.next = question.next;
             }
             Step::Sockets => {
                 self.step = Step::Opening(0);
@@ -480,13 +473,10 @@ impl Opener {
                 Target::Low(addr) => SocketAddrV4::new(*addr.ip(), LINUX_LOW.start() + (n % targets) as u16),
             };
             let way = Way { socket: self.sockets[n / targets], addr: addr.into() };
-            let message = Message::Ping { tx, node_key: Some(core.own), padding: 0 };
-            core.out.push_back(Output::Send { peer: state.peer.key, way, ttl: Some(ttl), message });
+            core.probe(state.peer.key, way, Some(ttl), tx);
         }
         // Should one arrive after all, its answer counts.
-        let way = Way::main(SocketAddr::from(([0, 0, 0, 0], 0)));
-        let ping = SentPing { peer: state.peer.key, way: Some(way), at: now, purpose: Purpose::Search };
-        core.expect(now, tx, ping);
+        core.expect_probes(now, state.peer.key, tx);
         state.probes_sent += (end - at) as u32;
         (end, all)
     }
@@ -501,12 +491,12 @@ impl Opener {
             self.step = Step::Canary { socket, asked: Vec::new() };
             self.next = now + LAST_ANSWER;
         } else {
-            self.call_prober(state, core, now, all);
+            self.call_prober(state, core, now, if all <= FEW { REPEATS } else { 0 });
         }
     }
 
-    /// The NAT is open: now it is the prober's turn.
-    fn call_prober(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, all: usize) {
+    /// The NAT is open: now it is the prober's turn. The openings are repeated so many times meanwhile.
+    fn call_prober(&mut self, state: &mut PeerState, core: &mut Core, now: Instant, repeats: u8) {
         let main = core.local.seen_v4.map(|seen| IpAddr::V4(*seen.ip()));
         let Some(IpAddr::V4(at)) = self.at.or(main) else {
             self.next = now;
@@ -522,7 +512,6 @@ impl Opener {
         let sockets = if matches!(self.target, Target::Low(_)) { u32::from(LOW_PAIR) } else { 1 };
         let probing = Duration::from_millis(u64::from(self.plan.probes() * sockets));
         let until = now + probing + (ANSWER * 2).max(state.relay_trip() * 4);
-        let repeats = if all <= FEW { REPEATS } else { 0 };
         self.step = Step::Probed { until, repeats };
         self.next = if repeats > 0 { now + REPEAT } else { until };
     }

@@ -163,7 +163,7 @@ impl Network {
             IpNet::new(address?, message.header.prefix_len).ok()
         };
         // Link-local addresses are the kernel's own.
-        let ours = |net: &IpNet| !matches!(net.addr(), IpAddr::V6(ip) if ip.segments()[0] & 0xffc0 == 0xfe80);
+        let ours = |net: &IpNet| !matches!(net.addr(), IpAddr::V6(ip) if ip.is_unicast_link_local());
         Ok(messages.iter().filter_map(of).filter(ours).collect())
     }
 

@@ -157,7 +157,6 @@ impl PeerState {
 
     /// A way has answered: is it the one to take?
     fn consider(&mut self, core: &mut Core, now: Instant, way: Way) {
-        let pause = self.pause(now, &way);
         let Some(candidate) = self.ways.get_mut(&way) else { return };
         let latency = candidate.latency;
         let first = match candidate.whole {
@@ -177,6 +176,8 @@ impl PeerState {
         if !matches!(candidate.whole, Whole::Passes(_)) {
             return;
         }
+        let since = self.best.filter(|best| best.way == way).map_or(now, |best| best.since);
+        let pause = self.pause(now, &way, since);
         match &mut self.best {
             Some(best) if best.way == way => {
                 best.doubted = None;
@@ -202,18 +203,15 @@ impl PeerState {
     }
 
     fn take(&mut self, now: Instant, way: Way) {
-        let mut best = Best {
+        self.best = Some(Best {
             way,
             since: now,
             trusted_until: now + TRUST,
             doubted: None,
-            next_ping: now,
+            next_ping: now + self.pause(now, &way, now),
             missed: 0,
             suspect: false,
-        };
-        self.best = Some(best);
-        best.next_ping += self.pause(now, &way);
-        self.best = Some(best);
+        });
         self.last_upgrade = now;
     }
 
@@ -221,14 +219,13 @@ impl PeerState {
         self.ways.get(way).map_or(Duration::ZERO, |candidate| candidate.latency)
     }
 
-    /// From an answer to the next heartbeat.
-    fn pause(&self, now: Instant, way: &Way) -> Duration {
+    /// From an answer to the next heartbeat, of a way that is the best since then.
+    fn pause(&self, now: Instant, way: &Way, since: Instant) -> Duration {
         let delicate = self.ways.get(way).is_some_and(|candidate| candidate.delicate);
-        let since = self.best.filter(|best| best.way == *way).map(|best| best.since);
-        match since {
-            Some(since) if delicate && now < since + EXERCISED_FOR => EXERCISE,
-            _ if self.is_active(now) || !delicate => HEARTBEAT,
-            _ => KEEP,
+        match delicate {
+            true if now < since + EXERCISED_FOR => EXERCISE,
+            true if !self.is_active(now) => KEEP,
+            _ => HEARTBEAT,
         }
     }
 
@@ -277,12 +274,8 @@ impl PeerState {
             self.ways.entry(way).or_default().told = true;
         }
         self.prune(now);
-        if !self.is_direct(now) {
-            self.round(core, now, false, true);
-        } else {
-            // A better way than the present one may be among them.
-            self.round(core, now, false, false);
-        }
+        // Also when there is a way: a better one may be among them.
+        self.round(core, now, false, true);
         self.settle(core);
         self.look(core, now);
     }
