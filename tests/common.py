@@ -31,8 +31,9 @@ def join(hub, url, *clients):
         machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
         machine.wait_for_unit("lacisd.service", timeout=30)
         machine.succeed(f"lacis up --login-server={url} --auth-key=file:/tmp/auth-key --timeout=20s", timeout=30)
+    names = {machine.name for machine in clients}
     for machine in clients:
-        wait_for(lambda: len(peers(machine)) == len(clients) - 1, f"{machine.name} knows the others")
+        wait_for(lambda: peers(machine).keys() == names - {machine.name}, f"{machine.name} knows the others")
 
 
 def address(machine, device="eth0"):

@@ -4,31 +4,18 @@ import json
 import re
 
 URL = "https://mesh.example.org"
-CLIENTS = {"served": served, "away": away}
-
-
-def address(machine, device):
-    return machine.succeed(f"ip -4 -brief address show dev {device}").split()[2].split("/")[0]
 
 
 def mapped():
     """Ports that the router hands on to the node."""
     rules = home.succeed("nft list ruleset")
-    return set(re.findall(rf"dport (\d+) dnat ip to {re.escape(address(served, 'eth0'))}:", rules))
+    return set(re.findall(rf"dport (\d+) dnat ip to {re.escape(address(served))}:", rules))
 
 
 start_all()
 
 with subtest("both join"):
-    hub.wait_for_unit("lacis-coordinator.service", timeout=30)
-    hub.succeed("lacis admin users create family")
-    key = json.loads(hub.succeed("lacis admin keys create --user family --reusable --json"))["key"]
-    for machine in CLIENTS.values():
-        machine.wait_for_unit("lacisd.service", timeout=30)
-        machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
-        machine.succeed(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=20s", timeout=30)
-    for name, machine in CLIENTS.items():
-        wait_for(lambda: peers(machine).keys() == CLIENTS.keys() - {name}, f"{name} sees the other")
+    join(hub, URL, served, away)
 
 with subtest("netcheck says what the router can do"):
     found = json.loads(served.succeed("lacis netcheck --json", timeout=20))

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lacis_dns::Resolver;
+use lacis_path::Via;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
 use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
 use lacis_wire::disco;
@@ -289,7 +290,7 @@ impl Engine {
             mapped: parts.port_map.external(),
             port_map: parts.port_map,
             path_options: parts.paths,
-            paths: lacis_path::Paths::new(own_key, lacis_tunnel::DEFAULT_MTU, seed()),
+            paths: lacis_path::Paths::new(own_key, lacis_tunnel::DEFAULT_MTU, random_number()),
             reflections: Reflections::default(),
             remembered: false,
             announced_home: 0,
@@ -317,7 +318,14 @@ impl Engine {
                 () = stop.cancelled() => break Ok(()),
                 Some(command) = inputs.commands.recv() => self.command(command),
                 event = next_event(&mut self.control) => self.control_event(event),
-                Some(news) = inputs.relay_news.recv() => self.relay_news(news),
+                Some(news) = inputs.relay_news.recv() => match news {
+                    RelayNews::Disco { region, from, data } => {
+                        // As with datagrams.
+                        self.disco(&data, Via::Relay(region), Some(from));
+                        continue;
+                    }
+                    RelayNews::Event(region, event) => self.relay_event(region, event),
+                },
                 Some(datagram) = inputs.udp.recv() => {
                     // Answers go to those who wait for them. Nothing follows from it here, and anybody can send one.
                     self.datagram(&datagram);
@@ -517,7 +525,7 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-fn seed() -> u64 {
+fn random_number() -> u64 {
     u64::from_le_bytes(lacis_wire::derp::random_nonce()[..8].try_into().unwrap_or_default())
 }
 

@@ -17,6 +17,7 @@ use std::time::Duration;
 use lacis_relay::client::{DialOptions, RelayNode, latency_check};
 use lacis_tunnel::Tunnel;
 use lacis_wire::control::{DerpMap, DerpNode, NetInfo};
+use lacis_wire::disco::traversal::Mapping;
 use lacis_wire::local::NetcheckReport;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
@@ -308,24 +309,13 @@ pub(crate) fn keep_unmeasured(report: &mut NetcheckReport, last: &NetcheckReport
     }
 }
 
-/// How the router's mapping of a port depends on the destination.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Mapping {
-    #[default]
-    Unknown,
-    /// One address for all destinations: what a relay sees, peers can use.
-    Independent,
-    /// Another one for each.
-    Varies,
-}
-
 /// What is between this host and the internet, as far as paths to peers are concerned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Nat {
     /// Others see the very address that this host has.
     pub(crate) public_v4: bool,
     pub(crate) public_v6: bool,
-    /// Of IPv4.
+    /// Of IPv4, as far as servers have shown it.
     pub(crate) mapping: Mapping,
 }
 

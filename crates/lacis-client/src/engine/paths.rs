@@ -1,7 +1,7 @@
 //! Ways to the peers: the owner of [`lacis_path::Paths`]. What happens (disco messages, packets that leave, sockets, the
 //! host's network) goes in, and what comes out is carried out here; the decisions are all in that crate.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -21,7 +21,6 @@ use super::pings::Token;
 use crate::interfaces;
 use crate::links::{Change, LinkState};
 use crate::netcheck;
-use crate::relays::RelayNews;
 
 /// STUN answers that are waited for.
 const MOST_REFLECTIONS: usize = 1024;
@@ -130,14 +129,7 @@ impl Engine {
         });
     }
 
-    pub(super) fn relay_news(&mut self, news: RelayNews) {
-        match news {
-            RelayNews::Disco { region, from, data } => self.disco(&data, Via::Relay(region), Some(from)),
-            RelayNews::Event(region, event) => self.relay_event(region, event),
-        }
-    }
-
-    fn relay_event(&mut self, region: u16, event: RelayEvent) {
+    pub(super) fn relay_event(&mut self, region: u16, event: RelayEvent) {
         match event {
             RelayEvent::Connected { node, remote, took, .. } => {
                 tracing::info!(region, %node, %remote, ?took, "relay connected");
@@ -176,7 +168,7 @@ impl Engine {
     }
 
     /// A sealed message; `from` is whom the relay says it is from.
-    fn disco(&mut self, data: &[u8], via: Via, from: Option<NodeKey>) {
+    pub(super) fn disco(&mut self, data: &[u8], via: Via, from: Option<NodeKey>) {
         let Some(map) = &self.map else { return };
         let Some(peer) = disco::sender(data).and_then(|key| map.peer_by_disco(&key)) else { return };
         let peer_key = peer.key;
@@ -273,17 +265,16 @@ impl Engine {
         let nat = netcheck::Nat::new(&self.report, &self.own_addresses);
         let mapping = match nat.mapping {
             _ if nat.public_v4 => Mapping::Open,
-            netcheck::Mapping::Independent => Mapping::Independent,
-            netcheck::Mapping::Varies => Mapping::Varies,
             // One server alone does not show it, but whether the port is kept: most routers that keep it do so for all
             // destinations.
-            netcheck::Mapping::Unknown => match seen_v4 {
+            Mapping::Unknown => match seen_v4 {
                 Some(seen) if measured && self.report.udp => {
                     let kept = seen.port() == self.tunnel.udp_port().0;
                     if kept { Mapping::Independent } else { Mapping::Varies }
                 }
                 _ => Mapping::Unknown,
             },
+            known => known,
         };
         let local = Local {
             endpoints: self.endpoints().0,
@@ -322,14 +313,10 @@ impl Engine {
     /// Keeps the ways that work, for the next start.
     pub(super) fn remember_ways(&mut self) {
         let Some(map) = &self.map else { return };
-        let now = self.paths.remember();
-        let old = std::mem::take(&mut self.saved.ways);
-        let others = old.into_iter().filter(|(key, _)| now.iter().all(|(new, _)| new != key));
-        let mut ways: Vec<_> = others.filter(|(key, _)| map.by_key(key).is_some()).collect();
-        ways.extend(now);
-        ways.sort_unstable();
-        ways.truncate(MOST_REMEMBERED);
-        self.saved.ways = ways;
+        let mut ways: BTreeMap<_, _> = std::mem::take(&mut self.saved.ways).into_iter().collect();
+        ways.retain(|key, _| map.by_key(key).is_some());
+        ways.extend(self.paths.remember());
+        self.saved.ways = ways.into_iter().take(MOST_REMEMBERED).collect();
     }
 }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use lacis_path::Input;
 use lacis_wire::control::Node;
-use lacis_wire::derp;
 use lacis_wire::disco::traversal::{Allocator, Mapping, NatReport};
 use lacis_wire::local::{NatStatus, PathReport, PathTried, PingResult};
 use tokio::sync::oneshot;
@@ -15,7 +14,7 @@ use tokio::time::Instant;
 
 use super::network::accepted_ips;
 use super::paths::short_name;
-use super::{Engine, PingKind};
+use super::{Engine, PingKind, random_number};
 
 /// Pings that may be outstanding; more are refused.
 const MOST_PINGS: usize = 256;
@@ -107,7 +106,7 @@ impl Engine {
                 Token::Disco(self.pings.last_disco)
             }
             PingKind::Tsmp => {
-                let token = u64::from_le_bytes(derp::random_nonce()[..8].try_into().unwrap_or_default());
+                let token = random_number();
                 self.tunnel.tsmp_ping(node.key, ip, token);
                 Token::Tsmp(token)
             }

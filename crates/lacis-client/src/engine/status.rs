@@ -12,7 +12,7 @@ use lacis_wire::local::{ExitNodeStatus, Notify, PeerStatus, State, Status, Tailn
 use time::OffsetDateTime;
 
 use super::network::{is_exit_node, offers_exit};
-use super::{Engine, Who};
+use super::{Engine, Who, random_number};
 use crate::hostinfo::VERSION;
 use crate::netmap::{NetMap, is_expired};
 
@@ -220,8 +220,7 @@ fn granted(map: &NetMap, node: &Node) -> CapMap {
 
 /// A name for one watcher.
 fn session_id() -> String {
-    let nonce = lacis_wire::derp::random_nonce();
-    format!("{:016x}", u64::from_le_bytes(nonce[..8].try_into().unwrap_or_default()))
+    format!("{:016x}", random_number())
 }
 
 /// Does a rule's source name this address? `*`, an address, a prefix or a range `a-b`.
