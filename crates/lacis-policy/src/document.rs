@@ -1,0 +1,351 @@
+//! A text as a tree whose every node knows its place: HuJSON (JSON with comments and trailing commas) and YAML alike.
+//!
+//! Both parsers bound how deep a text may nest, so no input exhausts the stack.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use jsonc_parser::ast;
+use saphyr::{LoadableYamlNode as _, MarkedYaml, Scalar, YamlData};
+use serde_json::Value;
+
+use crate::problem::{Invalid, Position, Problem};
+
+/// How a text is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// JSON, with comments and trailing commas if it likes.
+    #[default]
+    HuJson,
+    /// YAML.
+    Yaml,
+}
+
+impl Format {
+    /// By the name's ending: `.yaml` and `.yml` are YAML, all others HuJSON.
+    pub fn of_path(path: &Path) -> Self {
+        match path.extension().and_then(|ending| ending.to_str()) {
+            Some(ending) if ending.eq_ignore_ascii_case("yaml") || ending.eq_ignore_ascii_case("yml") => {
+                Self::Yaml
+            }
+            _ => Self::HuJson,
+        }
+    }
+}
+
+/// A node of the tree.
+#[derive(Clone, Debug)]
+pub(crate) struct Item {
+    pub(crate) at: Position,
+    pub(crate) data: Data,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Data {
+    Null,
+    Bool(bool),
+    Number(serde_json::Number),
+    Text(String),
+    List(Vec<Item>),
+    /// In the order of the text; no key twice.
+    Map(Vec<(Key, Item)>),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Key {
+    pub(crate) at: Position,
+    pub(crate) name: String,
+}
+
+impl Item {
+    pub(crate) fn to_json(&self) -> Value {
+        match &self.data {
+            Data::Null => Value::Null,
+            Data::Bool(value) => Value::Bool(*value),
+            Data::Number(number) => Value::Number(number.clone()),
+            Data::Text(text) => Value::String(text.clone()),
+            Data::List(items) => Value::Array(items.iter().map(Self::to_json).collect()),
+            Data::Map(entries) => {
+                Value::Object(entries.iter().map(|(key, item)| (key.name.clone(), item.to_json())).collect())
+            }
+        }
+    }
+
+    /// What it is, in words.
+    pub(crate) fn kind(&self) -> &'static str {
+        match &self.data {
+            Data::Null => "null",
+            Data::Bool(_) => "true or false",
+            Data::Number(_) => "a number",
+            Data::Text(_) => "a text",
+            Data::List(_) => "a list",
+            Data::Map(_) => "an object",
+        }
+    }
+}
+
+/// A whole text.
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub(crate) root: Item,
+}
+
+impl Document {
+    /// # Errors
+    /// When it is not such a text, with the place where it stops being one.
+    pub(crate) fn parse(text: &str, format: Format) -> Result<Self, Invalid> {
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let root = match format {
+            Format::HuJson => hujson(text),
+            Format::Yaml => yaml(text),
+        };
+        Ok(Self { root: root? })
+    }
+
+    /// The place of a JSON path such as `users[0].id`, or of the nearest thing above it.
+    pub(crate) fn position(&self, place: &str) -> Position {
+        let mut item = &self.root;
+        for step in place.split(['.', '[']).filter(|step| !step.is_empty()) {
+            let next = match &item.data {
+                Data::Map(entries) => entries.iter().find(|(key, _)| key.name == step).map(|(_, item)| item),
+                Data::List(items) => {
+                    step.trim_end_matches(']').parse().ok().and_then(|at: usize| items.get(at))
+                }
+                _ => None,
+            };
+            match next {
+                Some(next) => item = next,
+                None => break,
+            }
+        }
+        item.at
+    }
+}
+
+/// One step further down a place.
+pub(crate) fn member(place: &str, key: &str) -> String {
+    let plain = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    match (plain, place.is_empty()) {
+        (true, true) => key.to_owned(),
+        (true, false) => format!("{place}.{key}"),
+        (false, _) => format!("{place}[{key:?}]"),
+    }
+}
+
+/// One entry of a list.
+pub(crate) fn entry(place: &str, at: usize) -> String {
+    let mut text = place.to_owned();
+    // Writing to a String cannot fail.
+    let _ = write!(text, "[{at}]");
+    text
+}
+
+fn whole(at: Option<Position>, message: String) -> Invalid {
+    Problem { at, place: String::new(), message, help: None }.into()
+}
+
+/// Byte offsets of a text as lines and columns.
+struct Lines<'a> {
+    text: &'a str,
+    starts: Vec<usize>,
+}
+
+impl<'a> Lines<'a> {
+    fn of(text: &'a str) -> Self {
+        let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
+        Self { text, starts: std::iter::once(0).chain(ends).collect() }
+    }
+
+    fn position(&self, offset: usize) -> Position {
+        let line = self.starts.partition_point(|start| *start <= offset);
+        let start = self.starts[line - 1];
+        let before = self.text.get(start..offset).unwrap_or_default();
+        Position { line, column: before.chars().count() + 1 }
+    }
+}
+
+fn hujson(text: &str) -> Result<Item, Invalid> {
+    let options = jsonc_parser::ParseOptions {
+        allow_comments: true,
+        allow_trailing_commas: true,
+        allow_loose_object_property_names: false,
+        allow_missing_commas: false,
+        allow_single_quoted_strings: false,
+        allow_hexadecimal_numbers: false,
+        allow_unary_plus_numbers: false,
+        allow_bare_decimal_point_numbers: false,
+        allow_non_finite_numbers: false,
+        allow_extended_string_escapes: false,
+    };
+    let lines = Lines::of(text);
+    let parsed = jsonc_parser::parse_to_ast(text, &jsonc_parser::CollectOptions::default(), &options)
+        .map_err(|error| {
+            whole(Some(lines.position(error.range().start)), lower(&error.kind().to_string()))
+        })?;
+    match parsed.value {
+        Some(value) => from_ast(&value, &lines, ""),
+        None => Err(whole(None, "the text is empty".to_owned())),
+    }
+}
+
+fn lower(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+}
+
+fn twice(at: Position, place: &str, name: &str) -> Invalid {
+    let message = format!("the key {name:?} is given twice");
+    Problem { at: Some(at), place: place.to_owned(), message, help: None }.into()
+}
+
+fn from_ast(value: &ast::Value<'_>, lines: &Lines<'_>, place: &str) -> Result<Item, Invalid> {
+    let (start, data) = match value {
+        ast::Value::NullKeyword(null) => (null.range.start, Data::Null),
+        ast::Value::BooleanLit(literal) => (literal.range.start, Data::Bool(literal.value)),
+        ast::Value::StringLit(literal) => {
+            (literal.range.start, Data::Text(literal.value.clone().into_owned()))
+        }
+        ast::Value::NumberLit(literal) => {
+            let number = serde_json::from_str(literal.value).map_err(|_| {
+                let message = format!("{} is no number that can be used", literal.value);
+                whole(Some(lines.position(literal.range.start)), message)
+            })?;
+            (literal.range.start, Data::Number(number))
+        }
+        ast::Value::Array(array) => {
+            let items = array.elements.iter().enumerate();
+            let items = items.map(|(at, value)| from_ast(value, lines, &entry(place, at)));
+            (array.range.start, Data::List(items.collect::<Result<_, _>>()?))
+        }
+        ast::Value::Object(object) => {
+            let mut entries: Vec<(Key, Item)> = Vec::with_capacity(object.properties.len());
+            let mut names = std::collections::HashSet::new();
+            for property in &object.properties {
+                let name = property.name.as_str().to_owned();
+                let at = lines.position(property.range.start);
+                if !names.insert(name.clone()) {
+                    return Err(twice(at, place, &name));
+                }
+                let item = from_ast(&property.value, lines, &member(place, &name))?;
+                entries.push((Key { at, name }, item));
+            }
+            (object.range.start, Data::Map(entries))
+        }
+    };
+    Ok(Item { at: lines.position(start), data })
+}
+
+/// Brackets open at once in a YAML text: its reader takes quadratic time for what it will refuse in the end.
+const MOST_BRACKETS: usize = 1000;
+
+fn yaml(text: &str) -> Result<Item, Invalid> {
+    let mut open = 0_usize;
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' => open += 1,
+            b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        if open > MOST_BRACKETS {
+            return Err(whole(None, "the text nests too deep".to_owned()));
+        }
+    }
+    // The first reading bounds nesting and repetition, and refuses keys that are given twice; the second keeps places.
+    if let Err(error) = serde_yaml::from_str::<serde_yaml::Value>(text) {
+        let at = error.location().map(|at| Position { line: at.line(), column: at.column() });
+        let message = error.to_string();
+        let message = message.rfind(" at line ").map_or(message.as_str(), |end| &message[..end]);
+        return Err(whole(at, message.to_owned()));
+    }
+    let documents = MarkedYaml::load_from_str(text).map_err(|error| {
+        let at = Position { line: error.marker().line(), column: error.marker().col() + 1 };
+        whole(Some(at), error.info().to_owned())
+    })?;
+    match documents.as_slice() {
+        [] => Err(whole(None, "the text is empty".to_owned())),
+        [document] => from_yaml(document, ""),
+        [_, second, ..] => Err(whole(Some(place_of(second)), "there is a second document".to_owned())),
+    }
+}
+
+fn place_of(node: &MarkedYaml<'_>) -> Position {
+    Position { line: node.span.start.line(), column: node.span.start.col() + 1 }
+}
+
+fn from_yaml(node: &MarkedYaml<'_>, place: &str) -> Result<Item, Invalid> {
+    let at = place_of(node);
+    let wrong = |message: &str| -> Invalid {
+        Problem { at: Some(at), place: place.to_owned(), message: message.to_owned(), help: None }.into()
+    };
+    let data = match &node.data {
+        YamlData::Value(scalar) => match scalar {
+            Scalar::Null => Data::Null,
+            Scalar::Boolean(value) => Data::Bool(*value),
+            Scalar::Integer(number) => Data::Number((*number).into()),
+            Scalar::FloatingPoint(number) => match serde_json::Number::from_f64(number.into_inner()) {
+                Some(number) => Data::Number(number),
+                None => return Err(wrong("this is no number that can be used")),
+            },
+            Scalar::String(text) => Data::Text(text.clone().into_owned()),
+        },
+        YamlData::Representation(text, ..) => Data::Text(text.clone().into_owned()),
+        YamlData::Sequence(items) => {
+            let items = items.iter().enumerate().map(|(at, item)| from_yaml(item, &entry(place, at)));
+            Data::List(items.collect::<Result<_, _>>()?)
+        }
+        YamlData::Mapping(mapping) => {
+            let mut entries = Vec::with_capacity(mapping.len());
+            for (key, value) in mapping {
+                let name = match from_yaml(key, place)?.data {
+                    Data::Text(text) => text,
+                    Data::Number(number) => number.to_string(),
+                    _ => return Err(wrong("the keys of an object are texts")),
+                };
+                let item = from_yaml(value, &member(place, &name))?;
+                entries.push((Key { at: place_of(key), name }, item));
+            }
+            Data::Map(entries)
+        }
+        YamlData::Tagged(..) => return Err(wrong("tags (!…) mean nothing here")),
+        YamlData::Alias(_) | YamlData::BadValue => return Err(wrong("this cannot be read")),
+    };
+    Ok(Item { at, data })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_formats_make_one_tree() {
+        let json = Document::parse(
+            "{\n  // why\n  \"a\": [1, true, null, \"x\",],\n  \"b\": {\"c\": 2.5},\n}",
+            Format::HuJson,
+        );
+        let yaml = Document::parse("# why\na: [1, true, null, x]\nb:\n  c: 2.5\n", Format::Yaml);
+        let (json, yaml) = (json.unwrap(), yaml.unwrap());
+        assert_eq!(json.root.to_json(), yaml.root.to_json());
+        assert_eq!(json.position("a[3]"), Position { line: 3, column: 24 });
+        assert_eq!(json.position("b.c"), Position { line: 4, column: 14 });
+        assert_eq!(yaml.position("b.c"), Position { line: 4, column: 6 });
+    }
+
+    #[test]
+    fn a_text_that_is_none_says_where() {
+        let error = |text: &str, format| Document::parse(text, format).unwrap_err().to_string();
+        assert!(
+            error("{\n  \"a\": [1 2]\n}", Format::HuJson).starts_with("2:"),
+            "{}",
+            error("{\n  \"a\": [1 2]\n}", Format::HuJson)
+        );
+        assert_eq!(error("{\"a\": 1,\n \"a\": 2}", Format::HuJson), "2:2: the key \"a\" is given twice");
+        assert!(error("a: 1\na: 2\n", Format::Yaml).contains("duplicate"));
+        assert!(error("a: [1\nb: 2", Format::Yaml).starts_with("2:"));
+        assert_eq!(error("", Format::HuJson), "the text is empty");
+        assert_eq!(error("# nothing\n", Format::Yaml), "the text is empty");
+        for deep in ["[".repeat(100_000), "- ".repeat(100_000), "{\"a\":".repeat(100_000)] {
+            error(&deep, Format::HuJson);
+            error(&deep, Format::Yaml);
+        }
+    }
+}

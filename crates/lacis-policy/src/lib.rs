@@ -1,0 +1,13 @@
+//! Who may reach whom, and through whom: a policy's text becomes what each node of a network gets.
+//!
+//! [`Policy::parse`] reads the language that Tailscale and Headscale users know (HuJSON, or the same as YAML), and says
+//! what is wrong with line and column. [`Network::compile`] applies it to a [`Population`]: packet filters, visible
+//! peers, SSH rules, node attributes, approved and primary routes. No I/O and no clock.
+
+mod document;
+mod population;
+mod problem;
+
+pub use document::Format;
+pub use population::{Node, Population, Role, Settings, User};
+pub use problem::{Invalid, Position, Problem};
