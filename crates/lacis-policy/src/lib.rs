@@ -4,10 +4,14 @@
 //! what is wrong with line and column. [`Network::compile`] applies it to a [`Population`]: packet filters, visible
 //! peers, SSH rules, node attributes, approved and primary routes. No I/O and no clock.
 
+mod check;
 mod document;
+mod language;
+mod policy;
 mod population;
 mod problem;
 
 pub use document::Format;
+pub use policy::Policy;
 pub use population::{Node, Population, Role, Settings, User};
 pub use problem::{Invalid, Position, Problem};

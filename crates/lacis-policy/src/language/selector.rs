@@ -1,0 +1,371 @@
+//! What a policy names people and machines by: `*`, `tag:web`, `group:staff`, `autogroup:member`, `alice@example.com`,
+//! a host's alias, an address or a network; and ports and protocols beside them.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use lacis_wire::control::PortRange;
+
+use crate::population::Role;
+
+/// Some nodes, or addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Selector {
+    /// `*`: everybody in the network; as a destination everything.
+    Any,
+    /// `autogroup:member`: nodes of users.
+    Member,
+    /// `autogroup:tagged`: nodes with tags.
+    Tagged,
+    /// `autogroup:self`: the nodes of the source's own user.
+    Own,
+    /// `autogroup:internet`: what exit nodes lead to.
+    Internet,
+    /// `autogroup:danger-all`: every address there is.
+    DangerAll,
+    /// `autogroup:admin` and the like: nodes of users in that role.
+    Role(Role),
+    /// `autogroup:shared`: people of other networks; there are none here.
+    Shared,
+    /// `group:NAME`.
+    Group(String),
+    /// `tag:NAME`.
+    Tag(String),
+    /// A user, by email address or as `NAME@`.
+    User(String),
+    /// `user:*@DOMAIN`: all users of a mail domain.
+    Domain(String),
+    /// An alias that `hosts` explains.
+    Host(String),
+    /// An address.
+    Address(IpAddr),
+    /// A network.
+    Net(IpNet),
+    /// From an address to another, both in it.
+    Range(IpAddr, IpAddr),
+}
+
+/// Roles as autogroups name them.
+const ROLES: [(&str, Role); 6] = [
+    ("owner", Role::Owner),
+    ("admin", Role::Admin),
+    ("network-admin", Role::NetworkAdmin),
+    ("it-admin", Role::ItAdmin),
+    ("billing-admin", Role::BillingAdmin),
+    ("auditor", Role::Auditor),
+];
+
+/// Names after `autogroup:` that a selector may have.
+const AUTOGROUPS: [&str; 12] = [
+    "member",
+    "tagged",
+    "self",
+    "internet",
+    "danger-all",
+    "shared",
+    "owner",
+    "admin",
+    "network-admin",
+    "it-admin",
+    "billing-admin",
+    "auditor",
+];
+
+/// Why a text is no selector: what is wrong, and what to do.
+pub(crate) type Wrong = (String, Option<String>);
+
+fn wrong<T>(message: impl Into<String>, help: impl Into<Option<&'static str>>) -> Result<T, Wrong> {
+    Err((message.into(), help.into().map(str::to_owned)))
+}
+
+/// The one of `known` that was probably meant.
+pub(crate) fn nearest<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&text.to_lowercase(), &name.to_lowercase()), name))
+        .filter(|(distance, name)| *distance <= name.len().div_ceil(3))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+impl Selector {
+    pub(crate) fn parse(text: &str) -> Result<Self, Wrong> {
+        if text.is_empty() {
+            return wrong("there must be a name or an address, not an empty text", None);
+        }
+        if text == "*" {
+            return Ok(Self::Any);
+        }
+        if let Some(name) = text.strip_prefix("autogroup:") {
+            return Self::autogroup(text, name);
+        }
+        if let Some(name) = text.strip_prefix("group:") {
+            return if name.is_empty() {
+                wrong("a group needs a name", None)
+            } else {
+                Ok(Self::Group(text.to_owned()))
+            };
+        }
+        if let Some(name) = text.strip_prefix("tag:") {
+            return match name.chars().next() {
+                Some(first) if first.is_ascii_alphabetic() => Ok(Self::Tag(text.to_owned())),
+                _ => wrong(format!("{text:?}: tag names must start with a letter, after 'tag:'"), None),
+            };
+        }
+        if let Some(domain) = text.strip_prefix("user:") {
+            return match domain.strip_prefix("*@") {
+                Some(domain) if !domain.is_empty() && !domain.contains('*') => {
+                    Ok(Self::Domain(domain.to_owned()))
+                }
+                _ => wrong(format!("{text:?} is not understood"), "all users of a domain are user:*@DOMAIN"),
+            };
+        }
+        for (prefix, what) in [("ipset:", "IP sets"), ("svc:", "services"), ("posture:", "postures")] {
+            if text.starts_with(prefix) {
+                return wrong(format!("{text:?}: {what} are not supported here"), None);
+            }
+        }
+        if text.contains('@') {
+            return Ok(Self::User(text.to_owned()));
+        }
+        if let Some((first, last)) = text.split_once('-')
+            && let (Ok(first), Ok(last)) = (first.parse::<IpAddr>(), last.parse::<IpAddr>())
+        {
+            return if first.is_ipv4() == last.is_ipv4() && first <= last {
+                Ok(Self::Range(first, last))
+            } else {
+                wrong(format!("{text:?} is no range of addresses"), "the first comes before the last")
+            };
+        }
+        if let Ok(address) = text.parse::<IpAddr>() {
+            return Ok(Self::Address(address));
+        }
+        if text.contains('/') {
+            return match text.parse::<IpNet>() {
+                Ok(net) if net.trunc() == net => Ok(Self::Net(net)),
+                Ok(net) => Err((
+                    format!("{text:?} has bits set after its prefix"),
+                    Some(format!("the network is {}", net.trunc())),
+                )),
+                Err(_) => wrong(format!("{text:?} is an invalid network"), "such as 10.0.0.0/8"),
+            };
+        }
+        let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if text.chars().all(plain) && !text.chars().all(|c| c.is_ascii_digit() || c == '.') {
+            return Ok(Self::Host(text.to_owned()));
+        }
+        wrong(format!("{text:?} is an invalid address"), "a user is written NAME@, or as an email address")
+    }
+
+    fn autogroup(text: &str, name: &str) -> Result<Self, Wrong> {
+        if let Some((_, role)) = ROLES.iter().find(|(known, _)| *known == name) {
+            return Ok(Self::Role(*role));
+        }
+        Ok(match name {
+            "member" | "members" => Self::Member,
+            "tagged" => Self::Tagged,
+            "self" => Self::Own,
+            "internet" => Self::Internet,
+            "danger-all" => Self::DangerAll,
+            "shared" => Self::Shared,
+            "nonroot" => {
+                return wrong("autogroup:nonroot is only meaningful among the users of an ssh rule", None);
+            }
+            _ => {
+                let help = nearest(name, AUTOGROUPS).map(|near| format!("did you mean autogroup:{near}?"));
+                return Err((format!("unknown autogroup {text:?}"), help));
+            }
+        })
+    }
+
+    /// Names users, or groups of them.
+    pub(crate) fn is_people(&self) -> bool {
+        matches!(
+            self,
+            Self::Member | Self::Role(_) | Self::Shared | Self::Group(_) | Self::User(_) | Self::Domain(_)
+        )
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Member => f.write_str("autogroup:member"),
+            Self::Tagged => f.write_str("autogroup:tagged"),
+            Self::Own => f.write_str("autogroup:self"),
+            Self::Internet => f.write_str("autogroup:internet"),
+            Self::DangerAll => f.write_str("autogroup:danger-all"),
+            Self::Shared => f.write_str("autogroup:shared"),
+            Self::Role(role) => {
+                let name = ROLES.iter().find(|(_, known)| known == role).map_or("member", |(name, _)| name);
+                write!(f, "autogroup:{name}")
+            }
+            Self::Group(name) | Self::Tag(name) | Self::User(name) | Self::Host(name) => f.write_str(name),
+            Self::Domain(domain) => write!(f, "user:*@{domain}"),
+            Self::Address(address) => address.fmt(f),
+            Self::Net(net) => net.fmt(f),
+            Self::Range(first, last) => write!(f, "{first}-{last}"),
+        }
+    }
+}
+
+/// All ports there are.
+pub(crate) const ALL_PORTS: PortRange = PortRange { first: 0, last: u16::MAX };
+
+fn port(text: &str, whole: &str, which: &str) -> Result<u16, Wrong> {
+    match text.parse::<u16>() {
+        Ok(0) => {
+            wrong(format!("port range {whole:?}: {which} port must be >0, or use '*' for wildcard"), None)
+        }
+        Ok(port) => Ok(port),
+        Err(_) => wrong(
+            format!("port range {whole:?}: invalid {which} integer"),
+            "ports are written 22, 80,443, 8000-8100 or *",
+        ),
+    }
+}
+
+/// `*`, `22`, `80,443`, `8000-8100`.
+pub(crate) fn ports(text: &str) -> Result<Vec<PortRange>, Wrong> {
+    if text == "*" {
+        return Ok(vec![ALL_PORTS]);
+    }
+    let range = |part: &str| -> Result<PortRange, Wrong> {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = PortRange { first: port(first, part, "first")?, last: port(last, part, "last")? };
+        if range.first > range.last {
+            return wrong(format!("port range {part:?}: the first port is greater than the last"), None);
+        }
+        Ok(range)
+    };
+    text.split(',').map(|part| range(part.trim())).collect()
+}
+
+/// How ports are written.
+pub(crate) fn show_ports(ports: &[PortRange]) -> String {
+    let show = |range: &PortRange| match range {
+        _ if *range == ALL_PORTS => "*".to_owned(),
+        PortRange { first, last } if first == last => first.to_string(),
+        PortRange { first, last } => format!("{first}-{last}"),
+    };
+    ports.iter().map(show).collect::<Vec<_>>().join(",")
+}
+
+/// `HOST:PORTS`.
+pub(crate) fn with_ports(text: &str) -> Result<(Selector, Vec<PortRange>), Wrong> {
+    let Some((host, range)) = text.rsplit_once(':') else {
+        return wrong(format!("{text:?} needs ports"), "such as tag:web:443 or *:*");
+    };
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let range = ports(range)?;
+    Ok((Selector::parse(bare)?, range))
+}
+
+/// Protocols by name. A name is taken for the number, so that both compare equal.
+const PROTOCOLS: [(&str, u8); 13] = [
+    ("icmp", 1),
+    ("igmp", 2),
+    ("ipv4", 4),
+    ("tcp", 6),
+    ("egp", 8),
+    ("igp", 9),
+    ("udp", 17),
+    ("gre", 47),
+    ("esp", 50),
+    ("ah", 51),
+    ("ipv6-icmp", 58),
+    ("sctp", 132),
+    ("fc", 133),
+];
+
+/// A protocol by name or number.
+pub(crate) fn protocol(text: &str) -> Result<u8, Wrong> {
+    if let Some((_, number)) = PROTOCOLS.iter().find(|(name, _)| text.eq_ignore_ascii_case(name)) {
+        return Ok(*number);
+    }
+    match text {
+        "ip-in-ip" => return Ok(4),
+        "icmpv6" => return Ok(58),
+        _ => {}
+    }
+    if text.len() > 1 && text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return wrong(format!("{text:?}: leading 0 not permitted in protocol number"), None);
+    }
+    match text.parse::<u64>() {
+        Ok(number) => match u8::try_from(number) {
+            Ok(number) => Ok(number),
+            Err(_) => wrong(format!("protocol number {text} is out of range (0-255)"), None),
+        },
+        Err(_) => wrong(
+            format!("protocol {text:?} is not known"),
+            "a number from 0 to 255 or a name: tcp, udp, icmp, sctp, …",
+        ),
+    }
+}
+
+/// The name of a protocol, or its number.
+pub(crate) fn show_protocol(number: u8) -> String {
+    let name = PROTOCOLS.iter().find(|(_, known)| *known == number).map(|(name, _)| (*name).to_owned());
+    name.unwrap_or_else(|| number.to_string())
+}
+
+/// Ports mean something to it.
+pub(crate) fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, 6 | 17 | 132)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors_are_printed_as_they_are_read() {
+        for text in [
+            "*",
+            "autogroup:member",
+            "autogroup:self",
+            "autogroup:network-admin",
+            "group:staff",
+            "tag:web",
+            "alice@example.com",
+            "alice@",
+            "user:*@example.com",
+            "printer",
+            "10.0.0.0/8",
+            "fd00::1",
+            "10.0.0.1-10.0.0.9",
+        ] {
+            assert_eq!(Selector::parse(text).unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "tag:",
+            "tag:1",
+            "group:",
+            "user:alice",
+            "10.0.0.1/8",
+            "10.0.0",
+            "10.0.0.0/33",
+            "autogroup:tag",
+            "%x%",
+            "svc:a",
+        ] {
+            assert!(Selector::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn destinations_have_ports() {
+        let (selector, ports) = with_ports("[fd00::1]:80,8000-8100").unwrap();
+        assert_eq!(
+            (selector.to_string(), show_ports(&ports)),
+            ("fd00::1".to_owned(), "80,8000-8100".to_owned())
+        );
+        assert_eq!(with_ports("tag:web:*").unwrap().1, [ALL_PORTS]);
+        for text in ["tag", "a:0", "a:2-1", "a:70000", "a:-1", "a:"] {
+            assert!(with_ports(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What the engine makes of a record's policy, beside what was recorded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use lacis_policy::{Format, Invalid, Network, Node, Policy, Population, Role};
+use lacis_wire::control::{CapMap, NodeId};
+use serde_json::Value;
+
+use crate::record::{ExpectedNode, Record};
+use crate::{filter, refusal};
+
+/// Attributes that every node of a network has, whatever its policy says: they are not in the records.
+const OF_ALL: [&str; 2] = ["https://tailscale.com/cap/file-sharing", "https://tailscale.com/cap/ssh"];
+const OF_ADMINS: &str = "https://tailscale.com/cap/is-admin";
+const OF_OWNERS: &str = "https://tailscale.com/cap/is-owner";
+
+/// What is not as recorded, in lines.
+pub(crate) fn differences(record: &Record) -> Vec<String> {
+    let population = record.population();
+    let result = accept(record.policy.get(), &population);
+    match (result, record.expect.rejected) {
+        (Ok(_), true) => {
+            vec![format!("it should be refused: {}", record.expect.message)]
+        }
+        (Err(invalid), false) => {
+            invalid.to_string().lines().map(|line| format!("it should be accepted, not: {line}")).collect()
+        }
+        (Err(invalid), true) => {
+            refusal::difference(&record.expect.message, &invalid.to_string()).into_iter().collect()
+        }
+        (Ok(network), false) => {
+            let case = Case::new(&network, &population);
+            record.expect.nodes.iter().flat_map(|(name, expected)| case.node(name, expected)).collect()
+        }
+    }
+}
+
+/// A coordinator's way to take a policy: what it says must make sense, and its own tests must pass.
+fn accept(policy: &str, population: &Population) -> Result<Network, Invalid> {
+    let policy = Policy::parse(policy, Format::HuJson)?;
+    let network = Network::compile(&policy, population.clone());
+    network.test()?;
+    Ok(network)
+}
+
+struct Case<'a> {
+    network: &'a Network,
+    population: &'a Population,
+    nodes: BTreeMap<&'a str, &'a Node>,
+    names: BTreeMap<IpAddr, String>,
+}
+
+impl<'a> Case<'a> {
+    fn new(network: &'a Network, population: &'a Population) -> Self {
+        let addresses = |node: &Node| node.v4.map(IpAddr::V4).into_iter().chain(node.v6.map(IpAddr::V6));
+        let named = |node: &Node| addresses(node).map(|ip| (ip, node.name.clone())).collect::<Vec<_>>();
+        Self {
+            network,
+            population,
+            nodes: population.nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
+            names: population.nodes.iter().flat_map(named).collect(),
+        }
+    }
+
+    fn name(&self, id: NodeId) -> &'a str {
+        self.nodes.values().find(|node| node.id == id).map_or("?", |node| &node.name)
+    }
+
+    fn node(&self, name: &str, expected: &ExpectedNode) -> Vec<String> {
+        let Some(node) = self.nodes.get(name) else {
+            return vec![format!("{name}: the record has no such node")];
+        };
+        let mut lines = Vec::new();
+        if let Some(rules) = &expected.packet_filter_rules {
+            let found = filter::differences(rules, &self.network.filter(node.id), &self.names);
+            lines.extend(found.into_iter().map(|line| format!("filter: {line}")));
+        }
+        if let Some(rules) = &expected.ssh_rules {
+            let ours = serde_json::to_value(&*self.network.ssh_rules(node.id)).expect("rules are JSON");
+            let ours: Vec<Value> = ours.as_array().expect("rules are a list").iter().map(ssh_rule).collect();
+            let theirs: Vec<Value> = rules.iter().map(ssh_rule).collect();
+            for at in 0..theirs.len().max(ours.len()) {
+                let texts = [theirs.get(at), ours.get(at)].map(|rule| rule.map(ToString::to_string));
+                lines.extend(unequal(&format!("ssh rule {at}"), &texts[0], &texts[1]));
+            }
+        }
+        self.peers(node, expected, &mut lines);
+        if let Some(theirs) = &expected.self_cap_map {
+            let anyhow = self.held_anyhow(node);
+            let ours = (*self.network.attributes(node.id)).clone().into_iter();
+            let ours: CapMap = ours.filter(|(name, _)| !anyhow.contains(name.as_str())).collect();
+            lines.extend(unequal("attributes", &flags(theirs), &flags(&ours)));
+        }
+        if let Some(theirs) = &expected.self_addresses {
+            lines.extend(unequal("addresses", &nets(theirs), &nets(&self.network.addresses(node.id))));
+        }
+        lines.into_iter().map(|line| format!("{name}: {line}")).collect()
+    }
+
+    fn peers(&self, node: &Node, expected: &ExpectedNode, lines: &mut Vec<String>) {
+        let Some(theirs) = &expected.peers else { return };
+        let ours: BTreeMap<&str, NodeId> =
+            self.network.peers(node.id).map(|id| (self.name(id), id)).collect();
+        for name in ours.keys().filter(|name| !theirs.contains_key(**name)) {
+            lines.push(format!("sees {name}, and should not"));
+        }
+        for (name, expected) in theirs {
+            let Some(id) = ours.get(name.as_str()) else {
+                lines.push(format!("does not see {name}, and should"));
+                continue;
+            };
+            let routes = self.network.routes(node.id, *id);
+            let mut allowed = self.network.addresses(*id);
+            allowed.extend(routes.allowed);
+            let tags: BTreeSet<String> = self.nodes[name.as_str()].tags.iter().cloned().collect();
+            let about = |what: &str| format!("peer {name}: {what}");
+            lines.extend(unequal(&about("allowed IPs"), &nets(&expected.allowed_ips), &nets(&allowed)));
+            lines.extend(unequal(
+                &about("primary routes"),
+                &nets(&expected.primary_routes),
+                &nets(&routes.primary),
+            ));
+            lines.extend(unequal(&about("tags"), &expected.tags, &tags));
+            let caps = self.network.peer_caps(node.id, *id);
+            lines.extend(unequal(&about("capabilities"), &flags(&expected.cap_map), &flags(&caps)));
+        }
+    }
+
+    fn held_anyhow(&self, node: &Node) -> BTreeSet<&'static str> {
+        let roles = node.user.and_then(|id| self.population.user(id)).map_or(&[][..], |user| &user.roles);
+        let mut held = BTreeSet::from(OF_ALL);
+        held.extend(roles.contains(&Role::Admin).then_some(OF_ADMINS));
+        held.extend(roles.contains(&Role::Owner).then_some(OF_OWNERS));
+        held
+    }
+}
+
+fn unequal<T: PartialEq + Debug>(what: &str, theirs: &T, ours: &T) -> Option<String> {
+    (theirs != ours).then(|| format!("{what}: recorded {theirs:?}, ours {ours:?}"))
+}
+
+fn nets(nets: &[IpNet]) -> BTreeSet<IpNet> {
+    nets.iter().copied().collect()
+}
+
+/// Values as texts, to be read; null and an empty list are the same flag.
+fn flags(caps: &CapMap) -> BTreeMap<&str, Vec<String>> {
+    let values = |values: &Option<Vec<Value>>| values.iter().flatten().map(ToString::to_string).collect();
+    caps.iter().map(|(name, list)| (name.as_str(), values(list))).collect()
+}
+
+/// A rule with its principals in order, and without the name of the server that a check is delegated to.
+fn ssh_rule(rule: &Value) -> Value {
+    let mut rule = rule.clone();
+    if let Some(principals) = rule.get_mut("principals").and_then(Value::as_array_mut) {
+        principals.sort_by_key(ToString::to_string);
+        principals.dedup();
+    }
+    if let Some(Value::String(url)) = rule.pointer_mut("/action/holdAndDelegate") {
+        let path = url.split_once("://").and_then(|(_, rest)| rest.find('/').map(|at| &rest[at..]));
+        if let Some(path) = path {
+            *url = path.to_owned();
+        }
+    }
+    rule
+}
