@@ -124,8 +124,19 @@ counters! {
     in_filtered,
     /// Dropped by the packet filter: destination is not ours.
     in_not_local,
-    /// Dropped by the packet filter: malformed, multicast or link-local.
+    /// Dropped by the packet filter: not an IP packet, cut short, source-routed, or a fragment that could overwrite
+    /// what another was judged by.
     in_malformed,
+    /// Dropped by the packet filter: from an address that nobody in a mesh can have.
+    in_bad_source,
+    /// Dropped by the packet filter: to a multicast group.
+    in_multicast,
+    /// Dropped by the packet filter: to a link-local address.
+    in_link_local,
+    /// Dropped by the packet filter: a later fragment of a packet that was not let in.
+    in_fragment,
+    /// Dropped by the packet filter: an ICMP error about nothing that this node has sent to the peer.
+    in_stray_error,
     /// In-tunnel messages and ping answers taken out of the stream.
     in_consumed,
     /// Failed writes to the device (it is not up, or gone).

@@ -1,17 +1,20 @@
-//! Compiled rules: sets of addresses as sorted ranges, and ports.
+//! The server's rules, read: sets of addresses as sorted ranges, ports, protocols.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
-use lacis_wire::control::{FilterRule, NetPortRange, PortRange};
+use lacis_wire::control::FilterRule;
 use tracing::warn;
 
-use crate::packet::{Parsed, protocol};
+use super::index::{Ask, Index};
+use crate::packet::protocol;
 
 /// What a rule without protocols is about.
 const DEFAULT_PROTOCOLS: [u8; 4] = [protocol::TCP, protocol::UDP, protocol::ICMP, protocol::ICMP6];
 
-/// Addresses as sorted ranges that do not touch, for each family.
+/// Addresses as sorted ranges that do not overlap, for each family.
 #[derive(Clone, Debug, Default)]
 pub(super) struct IpSet {
     v4: Vec<(u32, u32)>,
@@ -20,14 +23,13 @@ pub(super) struct IpSet {
 
 fn merge<T: Copy + Ord>(ranges: &mut Vec<(T, T)>) {
     ranges.sort_unstable();
-    let mut merged: Vec<(T, T)> = Vec::with_capacity(ranges.len());
-    for &(first, last) in ranges.iter() {
-        match merged.last_mut() {
-            Some(previous) if first <= previous.1 => previous.1 = previous.1.max(last),
-            _ => merged.push((first, last)),
+    ranges.dedup_by(|next, previous| {
+        let overlap = next.0 <= previous.1;
+        if overlap {
+            previous.1 = previous.1.max(next.1);
         }
-    }
-    *ranges = merged;
+        overlap
+    });
 }
 
 fn within<T: Copy + Ord>(ranges: &[(T, T)], value: T) -> bool {
@@ -36,7 +38,7 @@ fn within<T: Copy + Ord>(ranges: &[(T, T)], value: T) -> bool {
 }
 
 impl IpSet {
-    pub(super) fn from_nets(nets: &[IpNet]) -> Self {
+    pub(super) fn from_nets<'a>(nets: impl IntoIterator<Item = &'a IpNet>) -> Self {
         let mut set = Self::default();
         for net in nets {
             set.add(net);
@@ -62,7 +64,7 @@ impl IpSet {
         true
     }
 
-    /// Adds a text of the protocol: `*`, address, prefix or range.
+    /// Adds a text of the protocol: `*`, address, prefix (without host bits) or range.
     fn add_text(&mut self, text: &str) -> bool {
         if text == "*" {
             self.v4.push((0, u32::MAX));
@@ -70,8 +72,11 @@ impl IpSet {
             return true;
         }
         if let Ok(net) = text.parse::<IpNet>() {
-            self.add(&net);
-            return true;
+            let sound = net.addr() == net.network();
+            if sound {
+                self.add(&net);
+            }
+            return sound;
         }
         if let Ok(addr) = text.parse::<IpAddr>() {
             return self.add_range(addr, addr);
@@ -101,24 +106,21 @@ impl IpSet {
     }
 }
 
-#[derive(Clone, Debug)]
-struct Destination {
-    addresses: IpSet,
-    ports: PortRange,
+/// Which sources reach which ports of which destinations by which protocols: a part of a [`FilterRule`].
+#[derive(Debug)]
+pub(super) struct Rule {
+    pub(super) protocols: Arc<[u8]>,
+    pub(super) sources: Arc<IpSet>,
+    pub(super) destinations: IpSet,
+    /// First and last.
+    pub(super) ports: (u16, u16),
 }
 
-/// One rule that is about network access.
-#[derive(Clone, Debug)]
-pub(super) struct Match {
-    protocols: Vec<u8>,
-    sources: IpSet,
-    destinations: Vec<Destination>,
-}
-
-impl Match {
-    /// `None` when the rule can match nothing (capability grants among them). Entries that cannot be read are left
-    /// out, so that a rule never becomes wider than it was written.
-    pub(super) fn compile(rule: &FilterRule, holders: &impl Fn(&str) -> Vec<IpNet>) -> Option<Self> {
+impl Rule {
+    /// Reads one rule of the server, one part for each range of ports; none when it can match nothing (capability
+    /// grants among them). Entries that cannot be read are left out, so that a rule never becomes wider than it was
+    /// written.
+    fn read(rule: &FilterRule, holders: &impl Fn(&str) -> Vec<IpNet>) -> impl Iterator<Item = Self> {
         let mut sources = IpSet::default();
         for text in &rule.src_ips {
             if let Some(capability) = text.strip_prefix("cap:") {
@@ -130,50 +132,49 @@ impl Match {
             }
         }
         sources.finish();
-        let destinations: Vec<_> = rule.dst_ports.iter().filter_map(Self::destination).collect();
-        let protocols = if rule.ip_proto.is_empty() {
+        let mut protocols: Vec<u8> = if rule.ip_proto.is_empty() {
             DEFAULT_PROTOCOLS.to_vec()
         } else {
             rule.ip_proto.iter().filter_map(|&proto| u8::try_from(proto).ok()).collect()
         };
-        (!sources.is_empty() && !destinations.is_empty() && !protocols.is_empty()).then_some(Self {
-            protocols,
-            sources,
-            destinations,
+        protocols.sort_unstable();
+        protocols.dedup();
+        let mut by_ports: BTreeMap<(u16, u16), IpSet> = BTreeMap::new();
+        if !sources.is_empty() && !protocols.is_empty() {
+            for range in &rule.dst_ports {
+                let ports = (range.ports.first, range.ports.last);
+                if ports.0 > ports.1 || !by_ports.entry(ports).or_default().add_text(&range.ip) {
+                    warn!(destination = ?range, "a destination of a filter rule cannot be read and is ignored");
+                }
+            }
+        }
+        let (protocols, sources): (Arc<[u8]>, _) = (protocols.into(), Arc::new(sources));
+        by_ports.into_iter().map(move |(ports, mut destinations)| {
+            destinations.finish();
+            Self { protocols: Arc::clone(&protocols), sources: Arc::clone(&sources), destinations, ports }
         })
     }
+}
 
-    fn destination(range: &NetPortRange) -> Option<Destination> {
-        let mut addresses = IpSet::default();
-        if !addresses.add_text(&range.ip) {
-            warn!(destination = %range.ip, "a destination of a filter rule cannot be read and is ignored");
-            return None;
+/// All rules of a filter, ready to be asked.
+#[derive(Debug, Default)]
+pub(super) struct Rules {
+    v4: Index<u32>,
+    v6: Index<u128>,
+}
+
+impl Rules {
+    pub(super) fn compile(rules: &[FilterRule], holders: &impl Fn(&str) -> Vec<IpNet>) -> Self {
+        let rules: Vec<Rule> = rules.iter().flat_map(|rule| Rule::read(rule, holders)).collect();
+        Self { v4: Index::new(&rules, |set| &set.v4), v6: Index::new(&rules, |set| &set.v6) }
+    }
+
+    /// Whether some rule allows it.
+    pub(super) fn allow(&self, src: IpAddr, dst: IpAddr, ask: Ask) -> bool {
+        match (src, dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => self.v4.allows(src.into(), dst.into(), ask),
+            (IpAddr::V6(src), IpAddr::V6(dst)) => self.v6.allows(src.into(), dst.into(), ask),
+            _ => false,
         }
-        addresses.finish();
-        Some(Destination { addresses, ports: range.ports })
-    }
-
-    /// Source and destination address match, whatever protocol and ports.
-    pub(super) fn addresses(&self, src: IpAddr, dst: IpAddr) -> bool {
-        self.sources.contains(src) && self.destinations.iter().any(|to| to.addresses.contains(dst))
-    }
-
-    /// Protocol, addresses and destination port match.
-    pub(super) fn allows(&self, packet: &Parsed) -> bool {
-        self.protocols.contains(&packet.proto)
-            && self.sources.contains(packet.src)
-            && self.destinations.iter().any(|to| {
-                (to.ports.first..=to.ports.last).contains(&packet.dst_port)
-                    && to.addresses.contains(packet.dst)
-            })
-    }
-
-    /// For protocols without ports: the rule names the protocol and means all ports.
-    pub(super) fn whole_protocol(&self, packet: &Parsed) -> bool {
-        self.protocols.contains(&packet.proto)
-            && self.sources.contains(packet.src)
-            && self.destinations.iter().any(|to| {
-                to.ports.first == 0 && to.ports.last == u16::MAX && to.addresses.contains(packet.dst)
-            })
     }
 }

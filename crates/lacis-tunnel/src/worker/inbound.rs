@@ -394,18 +394,30 @@ impl Worker {
                 return;
             }
         }
+        // Somebody else's sessions are not this peer's to report on.
+        if parsed.quoted.is_some_and(|(_, dst)| self.peers.route(dst) != Some(slot)) {
+            self.shared.counters.in_stray_error.add(1);
+            return;
+        }
         let jailed = self.peers.get(slot).is_some_and(|peer| peer.config.jailed);
         let counters = &self.shared.counters;
-        match self.filter.inbound(&parsed, &mut self.flows, jailed) {
-            Verdict::Accept => self.coalescer.push(&parsed),
-            Verdict::Drop(DropReason::NoRule) => {
+        let reason = match self.filter.inbound(&parsed, &mut self.flows, jailed) {
+            Verdict::Accept => return self.coalescer.push(&parsed),
+            Verdict::Drop(reason) => reason,
+        };
+        match reason {
+            DropReason::BadSource => counters.in_bad_source.add(1),
+            DropReason::Multicast => counters.in_multicast.add(1),
+            DropReason::LinkLocal => counters.in_link_local.add(1),
+            DropReason::NotLocal => counters.in_not_local.add(1),
+            DropReason::Fragment => counters.in_fragment.add(1),
+            DropReason::StrayError => counters.in_stray_error.add(1),
+            DropReason::NoRule => {
                 counters.in_filtered.add(1);
                 if parsed.is_tcp_syn() && parsed.src.is_ipv4() {
                     self.refuse(slot, &parsed, jailed);
                 }
             }
-            Verdict::Drop(DropReason::NotLocal) => counters.in_not_local.add(1),
-            Verdict::Drop(_) => counters.in_malformed.add(1),
         }
     }
 }

@@ -8,7 +8,7 @@ use boringtun::noise::TunnResult;
 use super::timers::{STALE, tick_peer};
 use super::{Now, Worker};
 use crate::config::Path;
-use crate::filter::{DropReason, Verdict};
+use crate::filter::Verdict;
 use crate::outputs::{Event, Senders};
 use crate::packet::{Parsed, protocol};
 use crate::peers::{Identity, Peer};
@@ -44,16 +44,9 @@ impl Worker {
             counters.out_filtered.add(1);
             return;
         }
-        match self.filter.outbound(&parsed, &mut self.flows) {
-            Verdict::Accept => {}
-            Verdict::Drop(DropReason::Malformed) => {
-                counters.out_malformed.add(1);
-                return;
-            }
-            Verdict::Drop(_) => {
-                counters.out_filtered.add(1);
-                return;
-            }
+        if self.filter.outbound(&parsed, &mut self.flows) != Verdict::Accept {
+            counters.out_filtered.add(1);
+            return;
         }
         let Some(slot) = self.peers.route(parsed.dst) else {
             counters.out_no_route.add(1);
