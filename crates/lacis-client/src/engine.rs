@@ -27,7 +27,7 @@ use lacis_wire::disco;
 use lacis_wire::key::NodeKey;
 use lacis_wire::local::{
     MaskedPrefs, Netcheck, NetcheckReport, Notify, PathReport, PingResult, Prefs, StartOptions, State,
-    Status, WhoIs,
+    Status, SuggestedExitNode, WhoIs,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -104,6 +104,9 @@ pub(crate) enum Command {
     },
     DerpMap {
         reply: oneshot::Sender<Option<Arc<DerpMap>>>,
+    },
+    SuggestExitNode {
+        reply: oneshot::Sender<Option<SuggestedExitNode>>,
     },
     DnsConfig {
         reply: oneshot::Sender<Option<Arc<DnsConfig>>>,
@@ -216,6 +219,8 @@ pub(crate) struct Engine {
     /// Whether the host is as it was told to be.
     host_ready: bool,
     host_trouble: Option<String>,
+    /// What the host lacks to route as is wished.
+    host_missing: Vec<String>,
 
     report: NetcheckReport,
     reports: mpsc::Sender<Measurement>,
@@ -278,6 +283,7 @@ impl Engine {
             map_saved: None,
             host_ready: false,
             host_trouble: None,
+            host_missing: Vec::new(),
             report: NetcheckReport::default(),
             reports,
             report_inbox,
@@ -393,6 +399,7 @@ impl Engine {
             Command::WhoIs { who, reply } => drop(reply.send(self.who_is(who).map(Box::new))),
             Command::Ping { ip, kind, reply } => self.ping(ip, kind, reply),
             Command::Why { ip, reply } => drop(reply.send(self.why(ip))),
+            Command::SuggestExitNode { reply } => drop(reply.send(self.suggest_exit_node())),
             Command::Netcheck { reply } => self.netcheck_for(reply),
             Command::DerpMap { reply } => {
                 drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.derp_map))));
@@ -416,7 +423,7 @@ impl Engine {
         match news {
             HostNews::Applied { warnings } => {
                 self.host_ready = true;
-                let trouble = warnings.into_iter().next();
+                let trouble = (!warnings.is_empty()).then(|| warnings.join("; "));
                 if trouble != self.host_trouble {
                     match &trouble {
                         Some(trouble) => tracing::warn!("{trouble}; trying again"),
@@ -428,6 +435,7 @@ impl Engine {
             HostNews::Reverted => {
                 self.host_ready = false;
                 self.host_trouble = None;
+                self.host_missing.clear();
             }
             HostNews::Failed(error) => {
                 if self.host_trouble.as_ref() != Some(&error) {
@@ -436,7 +444,13 @@ impl Engine {
                 }
                 self.host_trouble = Some(error);
             }
-            HostNews::BaseResolvers => self.apply_dns(),
+            HostNews::Missing(missing) => {
+                for line in missing.iter().filter(|line| !self.host_missing.contains(line)) {
+                    tracing::warn!("{line}");
+                }
+                self.host_missing = missing;
+            }
+            HostNews::BaseResolvers => self.apply_host(),
         }
     }
 

@@ -1,9 +1,12 @@
-//! What the daemon changes on its host: addresses of the device, a routing table with the rules that lead to it, and
-//! the resolver. [`Host::apply`] compares what should be with what the kernel has and changes the difference;
-//! [`Host::revert`] leaves nothing behind (the client dossier, sections 2, 4 and 10).
+//! What the daemon changes on its host: addresses of the device, a routing table with the rules that lead to it, tables
+//! of the firewall, and the resolver. [`Host::apply`] compares what should be with what the kernel has and changes the difference;
+//! [`Host::revert`] leaves nothing behind (the client dossier, sections 2, 3, 4 and 10).
 
 mod direct;
+mod firewall;
+pub(crate) mod forwarding;
 mod network;
+mod nft;
 mod resolvconf;
 mod resolved;
 mod resolver;
@@ -14,8 +17,12 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use lacis_dns::OsDns;
 
+pub use firewall::{Firewall, Mode};
 use network::Network;
+use nft::Nft;
 use resolver::OsResolver;
+
+const VALID_MARK: &str = "/proc/sys/net/ipv4/conf/all/src_valid_mark";
 
 /// How to reach the parts of the host.
 #[derive(Clone, Debug)]
@@ -47,10 +54,19 @@ impl Default for HostOptions {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostState {
     pub addresses: Vec<IpNet>,
-    /// Destinations that lead into the device.
-    pub routes: Vec<IpNet>,
+    pub routes: Routes,
+    pub firewall: Firewall,
     /// `None`: the host's resolver is left as it is.
     pub dns: Option<OsDns>,
+}
+
+/// The contents of the mesh's routing table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// Destinations that lead into the device.
+    pub device: Vec<IpNet>,
+    /// Destinations for which the host's other tables are asked, whatever leads into the device.
+    pub thrown: Vec<IpNet>,
 }
 
 /// What was done, as far as somebody should know.
@@ -58,7 +74,9 @@ pub struct HostState {
 pub struct Report {
     /// What did not work and does not stop the rest.
     pub warnings: Vec<String>,
-    /// Changes made to addresses, routes and rules.
+    /// What the host itself lacks to do what is wished, and how to mend it.
+    pub missing: Vec<String>,
+    /// Changes made to addresses, routes, rules and the firewall.
     pub changes: usize,
 }
 
@@ -77,10 +95,16 @@ pub enum HostError {
 #[derive(Debug)]
 pub struct Host {
     network: Network,
+    firewall: Nft,
     resolver: OsResolver,
+    device: String,
     applied: Option<HostState>,
     /// What the resolver was told, with success.
     told: Option<OsDns>,
+    /// The firewall is not as it should be, and that was said where it is of no great harm.
+    said_unguarded: bool,
+    /// The daemon has made marks count in reverse-path filters.
+    set_valid_mark: bool,
 }
 
 impl Host {
@@ -91,20 +115,82 @@ impl Host {
     pub async fn new(options: HostOptions) -> Result<Self, HostError> {
         let resolver = OsResolver::detect(&options).await;
         tracing::info!(resolver = resolver.name(), "this host's resolver");
-        Ok(Self { network: Network::open(options)?, resolver, applied: None, told: None })
+        let mut firewall = Nft::new(&options.tun_name, options.fwmark, options.fwmark_mask);
+        firewall.clean().await;
+        Ok(Self {
+            device: options.tun_name.clone(),
+            network: Network::open(options)?,
+            firewall,
+            resolver,
+            applied: None,
+            told: None,
+            said_unguarded: false,
+            set_valid_mark: false,
+        })
     }
 
     /// Makes the host look like this. Doing it twice changes nothing.
     ///
     /// # Errors
-    /// When addresses, routes or rules cannot be set. Trouble with the resolver is a warning.
+    /// When addresses, routes or rules cannot be set. Trouble with the firewall and the resolver is a warning.
     pub async fn apply(&mut self, state: &HostState) -> Result<Report, HostError> {
         let mut report = self.network.apply(&state.addresses, &state.routes).await?;
+        self.guard(state, &mut report).await;
         if let Err(error) = self.tell_resolver(state.dns.as_ref()).await {
             report.warnings.push(format!("this host's resolver is not set up for the mesh: {error}"));
         }
         self.applied = Some(state.clone());
         Ok(report)
+    }
+
+    /// The firewall, and what else stands in the way of forwarded packets.
+    async fn guard(&mut self, state: &HostState, report: &mut Report) {
+        let wish = &state.firewall;
+        let applied = match self.firewall.apply(wish).await {
+            Ok(changed) => {
+                report.changes += usize::from(changed);
+                self.said_unguarded = false;
+                wish.mode != Mode::Off
+            }
+            Err(error) => {
+                let text = format!("this host's firewall is not set up for the mesh: {error}");
+                if wish.is_needed() {
+                    report.warnings.push(text);
+                } else if !std::mem::replace(&mut self.said_unguarded, true) {
+                    tracing::warn!("{text}");
+                }
+                false
+            }
+        };
+        let marks_kept = applied && wish.keep_marks;
+        if marks_kept && !self.set_valid_mark {
+            self.set_valid_mark = set_valid_mark();
+        }
+        report.missing = self.missing(state, marks_kept).await;
+    }
+
+    /// What the host lacks, in words.
+    async fn missing(&mut self, state: &HostState, marks_kept: bool) -> Vec<String> {
+        let wish = &state.firewall;
+        let mut missing = Vec::new();
+        if !wish.routed.is_empty() {
+            let (v4, v6) = (wish.routes(false), wish.routes(true));
+            missing.extend(forwarding::switched_off(v4, v6, forwarding::read_sysctl));
+            let drops = self.firewall.forward_drops().await;
+            missing.extend(forwarding::dropped(wish, &self.device, drops));
+            if wish.mode != Mode::Off && wish.masquerade && v6 && !self.firewall.has_nat6() {
+                missing.push(
+                    "this kernel does not masquerade IPv6: networks that are routed need a way back to the mesh's addresses"
+                        .to_owned(),
+                );
+            }
+        }
+        if state.routes.device.iter().any(|net| net.prefix_len() == 0) {
+            let devices = forwarding::devices();
+            let read = forwarding::read_sysctl;
+            missing.extend(forwarding::reverse_path(&self.device, marks_kept, &devices, read));
+        }
+        missing
     }
 
     async fn tell_resolver(&mut self, dns: Option<&OsDns>) -> Result<(), String> {
@@ -124,21 +210,24 @@ impl Host {
     }
 
     /// Puts back what other programs have changed meanwhile.
-    pub async fn repair(&mut self) {
-        let Some(state) = self.applied.clone() else { return };
-        match self.network.apply(&state.addresses, &state.routes).await {
-            Ok(report) if report.changes > 0 => {
-                tracing::warn!(
-                    changes = report.changes,
-                    "another program had changed addresses, routes or rules"
-                );
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "addresses, routes and rules are not as they should be"),
+    pub async fn repair(&mut self) -> Report {
+        let Some(state) = self.applied.clone() else { return Report::default() };
+        let done = self.network.apply(&state.addresses, &state.routes).await;
+        let mut report = done.unwrap_or_else(|error| {
+            tracing::warn!(%error, "addresses, routes and rules are not as they should be");
+            Report::default()
+        });
+        self.guard(&state, &mut report).await;
+        if report.changes > 0 {
+            tracing::warn!(
+                changes = report.changes,
+                "another program had changed addresses, routes, rules or the firewall"
+            );
         }
         if let Some(dns) = &state.dns {
             self.resolver.repair(dns).await;
         }
+        report
     }
 
     /// Undoes everything. Goes on whatever fails: there is nobody left to ask.
@@ -149,10 +238,30 @@ impl Host {
             tracing::warn!(%error, "this host's resolver is not as it was");
         }
         self.network.revert().await;
+        self.firewall.clean().await;
+        if std::mem::take(&mut self.set_valid_mark)
+            && let Err(error) = std::fs::write(VALID_MARK, "0")
+        {
+            tracing::debug!(%error, "{VALID_MARK} is left as it is");
+        }
     }
 
     /// The resolvers that the host has without us.
     pub fn base_resolvers(&self) -> Vec<SocketAddr> {
         self.resolver.base_resolvers()
     }
+}
+
+/// Lets reverse-path filters see marks. Returns whether it was this that did it.
+fn set_valid_mark() -> bool {
+    let on = std::fs::read_to_string(VALID_MARK).is_ok_and(|text| text.trim() != "0");
+    if on {
+        return false;
+    }
+    let done = std::fs::write(VALID_MARK, "1");
+    if let Err(error) = &done {
+        // Of no consequence unless a filter is strict, and then the user is told what to do.
+        tracing::debug!(%error, "{VALID_MARK} cannot be set");
+    }
+    done.is_ok()
 }

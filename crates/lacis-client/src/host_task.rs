@@ -15,8 +15,10 @@ const REPAIR: Duration = Duration::from_secs(10);
 /// What the engine hears.
 #[derive(Debug)]
 pub(crate) enum HostNews {
-    /// It looks as was wished.
+    /// It looks as was wished, as far as it can.
     Applied { warnings: Vec<String> },
+    /// What the host itself lacks, and how to mend it; told when it is something else than before.
+    Missing(Vec<String>),
     /// It looks as if we were not there.
     Reverted,
     /// It does not yet; it is tried again.
@@ -65,22 +67,36 @@ async fn run(
     repair.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Something did not work: it may at the next try.
     let mut again = false;
+    let mut missing = Vec::new();
     loop {
         tokio::select! {
             changed = wishes.changed() => if changed.is_err() { break },
             _ = repair.tick() => if !again {
-                host.repair().await;
+                let report = host.repair().await;
+                if !report.warnings.is_empty() {
+                    again = true;
+                    let _ = news.send(HostNews::Applied { warnings: report.warnings }).await;
+                }
+                if report.missing != missing {
+                    missing = report.missing;
+                    let _ = news.send(HostNews::Missing(missing.clone())).await;
+                }
                 continue;
             }
         }
         let wish = wishes.borrow_and_update().clone();
+        let before = missing.clone();
         let heard = match &wish {
             Some(state) => match host.apply(state).await {
-                Ok(report) => HostNews::Applied { warnings: report.warnings },
+                Ok(report) => {
+                    missing = report.missing;
+                    HostNews::Applied { warnings: report.warnings }
+                }
                 Err(error) => HostNews::Failed(error.to_string()),
             },
             None => {
                 host.revert().await;
+                missing.clear();
                 HostNews::Reverted
             }
         };
@@ -96,6 +112,9 @@ async fn run(
         });
         // The engine may be stopping: nobody needs to hear.
         let _ = news.send(heard).await;
+        if missing != before {
+            let _ = news.send(HostNews::Missing(missing.clone())).await;
+        }
         if changed {
             let _ = news.send(HostNews::BaseResolvers).await;
         }

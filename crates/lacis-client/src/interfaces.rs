@@ -1,12 +1,13 @@
-//! The addresses of this host at which others may find it: candidates for its endpoints.
+//! The addresses of this host at which others may find it, candidates for its endpoints; and the networks around it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use futures_util::TryStreamExt as _;
+use ipnet::IpNet;
 use lacis_wire::control::endpoint_type::{EXPLICIT, LOCAL, PORT_MAPPED, STUN, STUN_LOCAL_PORT};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::Handle;
 
 /// Control servers cut long lists; ours stays far below.
@@ -28,6 +29,31 @@ pub(crate) struct Devices {
     pub(crate) working: HashSet<u32>,
     /// Their addresses, as far as they can be endpoints.
     pub(crate) addresses: Vec<Address>,
+    /// Networks that they are connected to, whatever their addresses; with the index of the device.
+    pub(crate) networks: Vec<(IpNet, u32)>,
+    /// Bridges that lead to nothing but containers and virtual machines of this host.
+    pub(crate) inner_bridges: HashSet<u32>,
+}
+
+/// The networks that this host is connected to, the mesh and loopback apart; sorted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lan {
+    pub(crate) networks: Vec<IpNet>,
+    /// Those of them that are inside this host, of containers and virtual machines.
+    pub(crate) internal: Vec<IpNet>,
+}
+
+impl Lan {
+    /// `uplinks`: devices that lead to the internet. What they are connected to is outside, even by a bridge.
+    pub(crate) fn new(devices: &Devices, uplinks: &[u32]) -> Self {
+        let of = |wanted: &dyn Fn(u32) -> bool| {
+            let nets: BTreeSet<IpNet> =
+                devices.networks.iter().filter(|(_, device)| wanted(*device)).map(|(net, _)| *net).collect();
+            nets.into_iter().collect()
+        };
+        let internal = |device| devices.inner_bridges.contains(&device) && !uplinks.contains(&device);
+        Self { networks: of(&|_| true), internal: of(&internal) }
+    }
 }
 
 /// Devices and addresses of all interfaces, as far as they can be endpoints: not those of the mesh's own device or of
@@ -54,8 +80,55 @@ fn select(links: &[LinkMessage], addresses: &[AddressMessage], tun_index: u32) -
         let foreign_mesh = tunnels.contains(&device) && is_mesh_address(address.ip);
         (working.contains(&device) && !foreign_mesh).then_some(address)
     });
+    let networks = addresses
+        .iter()
+        .filter(|message| working.contains(&message.header.index))
+        .flat_map(|message| networks(message).into_iter().map(|net| (net, message.header.index)))
+        .collect();
     let addresses = usable(found.collect());
-    Devices { working, addresses }
+    Devices { working, addresses, networks, inner_bridges: inner_bridges(links) }
+}
+
+/// Bridges whose ports are all those of containers and virtual machines, or that have none.
+fn inner_bridges(links: &[LinkMessage]) -> HashSet<u32> {
+    let kind = |link: &LinkMessage| {
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(info) => info.iter().find_map(|part| match part {
+                LinkInfo::Kind(kind) => Some(kind.clone()),
+                _ => None,
+            }),
+            _ => None,
+        })
+    };
+    let master = |link: &LinkMessage| {
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        })
+    };
+    let leads_out = |link: &&LinkMessage| !matches!(kind(link), Some(InfoKind::Veth | InfoKind::Tun));
+    let outside: HashSet<u32> = links.iter().filter(leads_out).filter_map(master).collect();
+    let bridges = links.iter().filter(|link| kind(link) == Some(InfoKind::Bridge));
+    bridges.map(|link| link.header.index).filter(|index| !outside.contains(index)).collect()
+}
+
+/// What an address connects its device to. On a point-to-point link that is the other end, and the address alone.
+fn networks(message: &AddressMessage) -> Vec<IpNet> {
+    let (mut local, mut other) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => other = Some(*ip),
+            _ => {}
+        }
+    }
+    let own = local.filter(|local| other != Some(*local)).map(IpNet::from);
+    let net = other.or(local).and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok());
+    let is_lan = |net: &IpNet| match net.addr() {
+        IpAddr::V6(ip) if ip.is_unicast_link_local() => false,
+        ip => !ip.is_loopback() && net.prefix_len() != 0,
+    };
+    net.map(|net| net.trunc()).into_iter().chain(own).filter(is_lan).collect()
 }
 
 /// Not one that is still being checked, that somebody else has, or that is about to go.
@@ -221,6 +294,51 @@ mod tests {
         assert_eq!(devices.working, [2, 4, 5].into());
         let found: Vec<_> = devices.addresses.iter().map(|address| address.ip).collect();
         assert_eq!(found, ips(&["100.64.7.2", "10.8.0.2"]));
+    }
+
+    #[test]
+    fn networks_are_those_of_working_devices_and_bridges_of_containers_are_inside() {
+        let on = LinkFlags::Up | LinkFlags::Running;
+        let kind = |mut link: LinkMessage, kind: InfoKind, master: Option<u32>| {
+            link.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]));
+            link.attributes.extend(master.map(LinkAttribute::Controller));
+            link
+        };
+        let mut port = link(7, LinkLayerType::Ether, on);
+        port.attributes.push(LinkAttribute::Controller(6));
+        let links = [
+            link(2, LinkLayerType::Ether, on),
+            link(3, LinkLayerType::None, on), // ours
+            kind(link(4, LinkLayerType::Ether, on), InfoKind::Bridge, None),
+            kind(link(5, LinkLayerType::Ether, on), InfoKind::Veth, Some(4)),
+            kind(link(6, LinkLayerType::Ether, on), InfoKind::Bridge, None),
+            port,
+            link(8, LinkLayerType::Ppp, on),
+        ];
+        let plain = |device, ip, length| {
+            let mut message = address(device, ip, AddressFlags::Permanent);
+            message.header.prefix_len = length;
+            message
+        };
+        let mut far_end = plain(8, "198.51.100.1", 32);
+        far_end.attributes.push(AddressAttribute::Local("203.0.113.9".parse().unwrap()));
+        let addresses = [
+            plain(2, "192.168.1.2", 24),
+            plain(2, "fe80::1", 64),
+            plain(3, "100.64.0.1", 32),
+            plain(4, "172.17.0.1", 16),
+            plain(6, "10.5.0.1", 24),
+            far_end,
+        ];
+        let devices = select(&links, &addresses, 3);
+        let texts = |nets: Vec<IpNet>| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let lan = Lan::new(&devices, &[2]);
+        assert_eq!(
+            texts(lan.networks),
+            ["10.5.0.0/24", "172.17.0.0/16", "192.168.1.0/24", "198.51.100.1/32", "203.0.113.9/32"]
+        );
+        assert_eq!(texts(lan.internal), ["172.17.0.0/16"]);
+        assert!(Lan::new(&devices, &[4]).internal.is_empty());
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod netcheck;
 mod netmap;
 mod portmap;
 mod relays;
+mod routing;
 mod run;
 mod state;
 

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::interfaces::{self, Devices};
+use crate::interfaces::{self, Devices, Lan};
 use crate::metered::Metered;
 
 const GROUPS: [MulticastGroup; 7] = [
@@ -61,6 +61,8 @@ pub(crate) struct LinkState {
     pub(crate) on_uplinks: Vec<IpAddr>,
     pub(crate) default_v4: Option<Uplink>,
     pub(crate) default_v6: Option<Uplink>,
+    /// What it is connected to. Of no consequence to paths.
+    pub(crate) lan: Lan,
     /// Each byte costs: what is not needed is not sent.
     pub(crate) metered: bool,
 }
@@ -77,7 +79,7 @@ pub(crate) enum Change {
 impl LinkState {
     /// What happened between `before` and this.
     pub(crate) fn change_since(&self, before: &Self) -> Option<Change> {
-        if self == before {
+        if *self == (Self { lan: self.lan.clone(), ..before.clone() }) {
             return None;
         }
         let ways = |state: &Self| (state.default_v4, state.default_v6);
@@ -159,9 +161,11 @@ fn combine(devices: Devices, default_v4: Option<Uplink>, default_v6: Option<Upli
     let (default_v4, default_v6) = (default_v4.filter(working), default_v6.filter(working));
     let is_uplink = |device: u32| default_v4.iter().chain(&default_v6).any(|uplink| uplink.device == device);
     let on_uplinks = devices.addresses.iter().filter(|address| is_uplink(address.device));
+    let uplinks: Vec<u32> = default_v4.iter().chain(&default_v6).map(|uplink| uplink.device).collect();
     LinkState {
         on_uplinks: on_uplinks.map(|address| address.ip).collect(),
         addresses: devices.addresses.iter().map(|address| address.ip).collect(),
+        lan: Lan::new(&devices, &uplinks),
         default_v4,
         default_v6,
         metered: false,
@@ -231,7 +235,7 @@ mod tests {
         let address = |(ip, device): &(&str, u32)| Address { ip: ip.parse().unwrap(), device: *device };
         let addresses: Vec<_> = addresses.iter().map(address).collect();
         let working = [1, 2, 3].into();
-        combine(Devices { working, addresses }, default_v4, None)
+        combine(Devices { working, addresses, ..Devices::default() }, default_v4, None)
     }
 
     #[test]
@@ -274,6 +278,15 @@ mod tests {
         let one_more = state(&[("192.168.1.7", 2), ("192.168.1.9", 2)], way);
         assert_eq!(one_more.change_since(&home), Some(Change::Minor));
         assert_eq!(home.change_since(&one_more), Some(Change::Major), "paths may have used it");
+    }
+
+    #[test]
+    fn another_network_beside_is_no_change_for_paths() {
+        let home = state(&[("192.168.1.7", 2)], None);
+        let lan = Lan { networks: vec!["172.18.0.0/16".parse().unwrap()], internal: Vec::new() };
+        let other = LinkState { lan, ..home.clone() };
+        assert_ne!(other, home);
+        assert_eq!(other.change_since(&home), None);
     }
 
     #[test]

@@ -177,6 +177,7 @@ fn router(engine: EngineHandle, stop: CancellationToken) -> Router {
         .route("/profiles/current", get(handlers::current_profile))
         .route("/serve-config", get(handlers::serve_config))
         .route("/check-ip-forwarding", get(handlers::check_ip_forwarding))
+        .route("/suggest-exit-node", get(handlers::suggest_exit_node).post(handlers::suggest_exit_node))
         .route("/check-udp-gro-forwarding", get(handlers::no_warning))
         .route("/check-so-mark-in-use", get(handlers::check_so_mark))
         .route("/services", get(handlers::no_services));
@@ -206,8 +207,8 @@ async fn guard(
     }
     let may_write = may_write(&api, peer.uid).await;
     let reads = request.method() == http::Method::GET || request.uri().path() == "/localapi/v0/check-prefs";
-    let harmless =
-        reads || request.uri().path().ends_with("/ping") || request.uri().path().ends_with("/netcheck");
+    let asks = ["/ping", "/netcheck", "/suggest-exit-node"];
+    let harmless = reads || asks.iter().any(|end| request.uri().path().ends_with(end));
     if !harmless && !may_write {
         return refusal("access denied: use root, or let root name you with `lacis set --operator=USER`");
     }

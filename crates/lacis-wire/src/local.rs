@@ -96,6 +96,10 @@ pub struct Prefs {
     pub exit_node_id: String,
     #[serde(rename = "ExitNodeIP", deserialize_with = "nullable")]
     pub exit_node_ip: String,
+    /// Ours: a name given before the network's map was there to look it up in. Like the address, it becomes the
+    /// stable id as soon as a peer has it.
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    pub exit_node_name: String,
     #[serde(rename = "ExitNodeAllowLANAccess")]
     pub exit_node_allow_lan_access: bool,
     /// Let the network configure this host's resolver.
@@ -136,6 +140,7 @@ impl Default for Prefs {
             route_all: false,
             exit_node_id: String::new(),
             exit_node_ip: String::new(),
+            exit_node_name: String::new(),
             exit_node_allow_lan_access: false,
             corp_dns: true,
             run_ssh: false,
@@ -437,6 +442,25 @@ pub struct PingResult {
     pub peer_api_url: String,
     #[serde(rename = "IsLocalIP", skip_serializing_if = "is_default")]
     pub is_local_ip: bool,
+}
+
+/// `POST suggest-exit-node`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct SuggestedExitNode {
+    /// The stable id.
+    #[serde(rename = "ID")]
+    pub id: String,
+    /// Fully qualified, with the trailing dot.
+    pub name: String,
+}
+
+/// `GET check-ip-forwarding`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub struct ForwardingCheck {
+    /// What this host lacks to route for others, a line each; empty when nothing is missing.
+    pub warning: String,
 }
 
 /// `GET whois`.

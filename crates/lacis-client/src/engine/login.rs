@@ -12,6 +12,7 @@ use super::Engine;
 use crate::control::{self, AuthKey, Control, ControlConfig, ControlEvent};
 use crate::hostinfo;
 use crate::netmap::{Session, is_expired};
+use crate::routing::{is_default_route, wants_exit};
 
 /// A server that refuses a node it knew is asked again after this.
 const RETRY_REFUSED: Duration = Duration::from_secs(30);
@@ -59,10 +60,21 @@ pub(super) fn check_prefs(prefs: &Prefs) -> Result<(), String> {
     if let Some(route) = prefs.advertise_routes.iter().find(|route| route.trunc() != **route) {
         return Err(format!("{route} has bits set after its prefix; did you mean {}?", route.trunc()));
     }
-    let offers_exit = prefs.advertise_routes.iter().any(|route| route.prefix_len() == 0);
-    let uses_exit = !prefs.exit_node_id.is_empty() || !prefs.exit_node_ip.is_empty();
-    if offers_exit && uses_exit {
-        return Err("this node cannot use an exit node and be one".to_owned());
+    if !prefs.exit_node_ip.is_empty() && prefs.exit_node_ip.parse::<std::net::IpAddr>().is_err() {
+        return Err(format!("the exit node {:?} is no address", prefs.exit_node_ip));
+    }
+    if !prefs.exit_node_name.is_empty() && !is_hostname(prefs.exit_node_name.trim_end_matches('.')) {
+        return Err(format!("the exit node {:?} is no name of a node", prefs.exit_node_name));
+    }
+    let offered: Vec<_> = prefs.advertise_routes.iter().filter(|route| is_default_route(route)).collect();
+    if offered.iter().any(|one| one.addr().is_ipv4()) != offered.iter().any(|one| one.addr().is_ipv6()) {
+        return Err("0.0.0.0/0 and ::/0 go together: use --advertise-exit-node".to_owned());
+    }
+    if !offered.is_empty() && wants_exit(prefs) {
+        return Err(
+            "this node cannot use an exit node and be one: end one of them with --exit-node= or --advertise-exit-node=false"
+                .to_owned(),
+        );
     }
     Ok(())
 }
@@ -460,6 +472,15 @@ mod tests {
         assert!(refusal(|p| p.advertise_tags = vec!["web".into()]).contains("tag:web"));
         assert!(refusal(|p| p.advertise_routes = vec!["10.0.0.1/8".parse().unwrap()]).contains("10.0.0.0/8"));
         assert!(refusal(|p| p.run_ssh = true).contains("SSH"));
+        assert!(refusal(|p| p.exit_node_ip = "bob".into()).contains("bob"));
+        assert!(refusal(|p| p.exit_node_name = "no node".into()).contains("no node"));
+        let routes = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        assert!(refusal(|p| p.advertise_routes = routes(&["::/0"])).contains("--advertise-exit-node"));
+        let both = |p: &mut Prefs| {
+            p.advertise_routes = routes(&["0.0.0.0/0", "::/0"]);
+            p.exit_node_id = "n7".into();
+        };
+        assert!(refusal(both).contains("--exit-node="));
         assert!(check_prefs(&Prefs::default()).is_ok());
     }
 }

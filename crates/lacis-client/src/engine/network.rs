@@ -2,50 +2,23 @@
 //! the host. Each part is told its whole state and changes only the difference, so telling it twice does nothing.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use lacis_tunnel::{Filter, PeerConfig};
 use lacis_wire::control::{MapResponse, Node};
 use lacis_wire::key::{DiscoKey, NodeKey};
-use lacis_wire::local::{Notify, Prefs};
+use lacis_wire::local::Notify;
 use time::OffsetDateTime;
 
 use super::Engine;
 use crate::dns;
 use crate::host::HostState;
 use crate::netmap::{Changes, NetMap, is_expired};
+use crate::routing;
 
-/// The resolver's addresses, which the host routes into the device.
-const QUAD100: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100)),
-    IpAddr::V6(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53)),
-];
 /// A peer without path discovery is kept reachable by WireGuard itself.
 const WIREGUARD_ONLY_KEEPALIVE: u16 = 25;
-
-/// Which of a peer's allowed IPs this node takes: its own addresses, its subnets if the user accepts routes,
-/// everything if it is the exit node.
-pub(super) fn accepted_ips(node: &Node, prefs: &Prefs) -> Vec<IpNet> {
-    let is_exit = is_exit_node(node, prefs);
-    let accept = |net: &&IpNet| {
-        if net.prefix_len() == 0 { is_exit } else { prefs.route_all || node.addresses.contains(net) }
-    };
-    node.allowed_ips().iter().filter(accept).copied().collect()
-}
-
-pub(super) fn is_exit_node(node: &Node, prefs: &Prefs) -> bool {
-    let by_id = !prefs.exit_node_id.is_empty() && prefs.exit_node_id == node.stable_id;
-    let by_ip =
-        prefs.exit_node_ip.parse().is_ok_and(|ip: IpAddr| node.addresses.iter().any(|net| net.addr() == ip));
-    by_id || by_ip
-}
-
-/// Offers this node to be an exit?
-pub(super) fn offers_exit(node: &Node) -> bool {
-    node.allowed_ips().iter().any(|net| net.prefix_len() == 0)
-}
 
 impl Engine {
     pub(super) fn frame(&mut self, frame: MapResponse) {
@@ -141,12 +114,32 @@ impl Engine {
             self.tunnel.set_peers(Vec::new());
             self.path_input(lacis_path::Input::Peers(Vec::new()));
             self.tunnel.set_filter(Arc::new(Filter::compile(&[], &[])));
-            self.apply_dns();
+            self.apply_host();
             self.host.wish(None);
         }
     }
 
+    /// The exit node's stable id in place of a name or an address, as soon as the map has it: both may be another
+    /// node's some day.
+    fn look_up_exit_node(&mut self) {
+        let prefs = &self.saved.prefs;
+        if !prefs.exit_node_id.is_empty() || !routing::wants_exit(prefs) {
+            return;
+        }
+        let Some(map) = &self.map else { return };
+        let Some(node) = map.peers.values().find(|node| routing::is_exit_node(node, prefs)) else { return };
+        tracing::info!(name = %node.name, id = %node.stable_id, "exit node");
+        let node = Arc::clone(node);
+        self.saved.prefs.exit_node_id.clone_from(&node.stable_id);
+        self.saved.prefs.exit_node_ip.clear();
+        self.saved.prefs.exit_node_name.clear();
+        self.publish(Notify { prefs: Some(self.visible_prefs()), ..Notify::default() });
+    }
+
     fn apply(&mut self, changes: Changes) {
+        if changes.peers {
+            self.look_up_exit_node();
+        }
         let Some(map) = self.map.as_ref().filter(|_| self.netcheck.is_on()) else { return };
         if let Some(key) = &self.saved.node_key {
             self.relays.set_identity(Some(key.clone()));
@@ -181,7 +174,7 @@ impl Engine {
             self.find_home();
         }
         if changes.node || changes.peers || changes.dns {
-            self.apply_dns();
+            self.apply_host();
         }
     }
 
@@ -193,7 +186,7 @@ impl Engine {
         self.relays.set_peers(homes);
         let config = |node: &Arc<Node>| PeerConfig {
             key: node.key,
-            allowed_ips: accepted_ips(node, &self.saved.prefs),
+            allowed_ips: routing::accepted_ips(node, &self.saved.prefs),
             jailed: node.is_jailed,
             persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
         };
@@ -217,12 +210,24 @@ impl Engine {
             let has = |node: &&Arc<Node>| node.cap_map.contains_key(capability);
             map.peers.values().filter(has).flat_map(|node| node.addresses.iter().copied()).collect()
         };
-        let filter = Filter::compile_with(&map.filter_rules(), &local, holders);
+        // An exit node leads to the internet, not to its own LAN.
+        let lan = &self.link.lan.networks;
+        let own = self.own_addresses.iter().copied().map(IpNet::from);
+        let not_local: Vec<IpNet> = lan.iter().copied().chain(own).collect();
+        let filter = Filter::compile_with(&map.filter_rules(), &local, holders).with_not_local(&not_local);
         self.tunnel.set_filter(Arc::new(filter.with_shields_up(prefs.shields_up)));
     }
 
-    /// Tells the resolver its names, and the host its addresses, routes and resolver: they go together.
-    pub(super) fn apply_dns(&mut self) {
+    /// The host is connected to other networks than before.
+    pub(super) fn follow_lan(&mut self) {
+        if self.netcheck.is_on() {
+            self.apply_filter();
+            self.apply_host();
+        }
+    }
+
+    /// Tells the resolver its names, and the host its addresses, routes, firewall and resolver: they go together.
+    pub(super) fn apply_host(&mut self) {
         let map = self.map.as_ref().filter(|_| self.netcheck.is_on());
         let Some(map) = map else {
             self.resolver.set_state(Arc::new(lacis_dns::DnsState::default()));
@@ -234,48 +239,12 @@ impl Engine {
         let wanted = self.saved.prefs.corp_dns && !expired;
         let dns = wanted.then(|| lacis_dns::os_config(&names)).flatten();
         self.resolver.set_state(Arc::new(names));
-        let own_families = |ip: &IpAddr| map.addresses().any(|own| own.is_ipv4() == ip.is_ipv4());
-        let mut routes: Vec<IpNet> = QUAD100.into_iter().filter(own_families).map(IpNet::from).collect();
-        for node in map.peers.values() {
-            routes.extend(accepted_ips(node, &self.saved.prefs));
-        }
-        routes.sort_unstable();
-        routes.dedup();
-        self.host.wish(Some(HostState { addresses: map.node.addresses.clone(), routes, dns }));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn router() -> Node {
-        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
-        Node {
-            stable_id: "n7".into(),
-            addresses: nets(&["100.64.0.7/32"]),
-            allowed_ips: Some(nets(&["100.64.0.7/32", "10.1.0.0/16", "0.0.0.0/0"])),
-            ..Node::default()
-        }
-    }
-
-    #[test]
-    fn routes_are_taken_only_if_the_user_accepts_them() {
-        let texts = |prefs: &Prefs| {
-            accepted_ips(&router(), prefs).iter().map(ToString::to_string).collect::<Vec<_>>()
-        };
-        assert_eq!(texts(&Prefs::default()), ["100.64.0.7/32"]);
-        let accepting = Prefs { route_all: true, ..Prefs::default() };
-        assert_eq!(texts(&accepting), ["100.64.0.7/32", "10.1.0.0/16"]);
-        let exit = Prefs { exit_node_ip: "100.64.0.7".into(), ..Prefs::default() };
-        assert_eq!(texts(&exit), ["100.64.0.7/32", "0.0.0.0/0"]);
-        let exit = Prefs { exit_node_id: "n7".into(), ..Prefs::default() };
-        assert_eq!(texts(&exit), ["100.64.0.7/32", "0.0.0.0/0"]);
-    }
-
-    #[test]
-    fn who_allows_everything_offers_to_be_an_exit() {
-        assert!(offers_exit(&router()));
-        assert!(!offers_exit(&Node::default()));
+        let prefs = &self.saved.prefs;
+        self.host.wish(Some(HostState {
+            addresses: map.node.addresses.clone(),
+            routes: routing::host_routes(map, prefs, &self.link.lan),
+            firewall: routing::firewall(map, prefs, self.tunnel.udp_port()),
+            dns,
+        }));
     }
 }

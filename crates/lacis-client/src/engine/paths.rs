@@ -228,8 +228,12 @@ impl Engine {
     pub(super) fn link_news(&mut self, link: LinkState) {
         let change = link.change_since(&self.link);
         let first = self.link == LinkState::default();
+        let moved = self.link.lan != link.lan;
         self.link = link;
         self.own_addresses.clone_from(&self.link.addresses);
+        if moved {
+            self.follow_lan();
+        }
         let Some(change) = change.filter(|_| !first) else {
             self.tell_local();
             return;

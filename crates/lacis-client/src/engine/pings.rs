@@ -12,9 +12,9 @@ use lacis_wire::local::{NatStatus, PathReport, PathTried, PingResult};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::network::accepted_ips;
 use super::paths::short_name;
 use super::{Engine, PingKind, random_number};
+use crate::routing::accepted_ips;
 
 /// Pings that may be outstanding; more are refused.
 const MOST_PINGS: usize = 256;

@@ -8,13 +8,15 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use lacis_tunnel::PeerStats;
 use lacis_wire::control::{CapMap, Node};
-use lacis_wire::local::{ExitNodeStatus, Notify, PeerStatus, State, Status, TailnetStatus, WhoIs, watch};
+use lacis_wire::local::{
+    ExitNodeStatus, Notify, PeerStatus, State, Status, SuggestedExitNode, TailnetStatus, WhoIs, watch,
+};
 use time::OffsetDateTime;
 
-use super::network::{is_exit_node, offers_exit};
 use super::{Engine, Who, random_number};
 use crate::hostinfo::VERSION;
 use crate::netmap::{NetMap, is_expired};
+use crate::routing::{self, is_exit_node, offers_exit};
 
 /// A peer counts as active for so long after the last packet to it.
 const ACTIVE: Duration = Duration::from_secs(45);
@@ -145,12 +147,48 @@ impl Engine {
                     "this node's key has expired: sign in again with `lacis up --force-reauth`".to_owned(),
                 );
             }
+            health.extend(self.exit_node_trouble());
+            health.extend(self.host_missing.iter().cloned());
             if self.map.as_ref().is_some_and(|map| map.derp_map.regions.is_empty()) {
                 health.push("the control server names no relays".to_owned());
             }
         }
         health.extend(self.map.iter().flat_map(|map| map.health.iter().cloned()));
         health
+    }
+
+    /// Why nothing goes out by the exit node.
+    fn exit_node_trouble(&self) -> Option<String> {
+        let prefs = &self.saved.prefs;
+        let map = self.map.as_ref().filter(|_| routing::wants_exit(prefs))?;
+        let Some(node) = map.peers.values().find(|node| is_exit_node(node, prefs)) else {
+            let wanted = [&prefs.exit_node_id, &prefs.exit_node_ip, &prefs.exit_node_name];
+            let wanted = wanted.into_iter().find(|text| !text.is_empty()).map_or("", String::as_str);
+            return Some(format!(
+                "the exit node {wanted} is not in this network, so nothing leaves this host: `lacis set --exit-node=` goes without"
+            ));
+        };
+        let name = node.name.trim_end_matches('.');
+        if !offers_exit(node) {
+            return Some(format!(
+                "the exit node {name} is not approved to be one, so nothing leaves this host: `lacis admin nodes approve-routes` on the coordinator, or `lacis set --exit-node=`"
+            ));
+        }
+        (node.online == Some(false)).then(|| {
+            format!("the exit node {name} is offline, so nothing leaves this host: `lacis set --exit-node=` goes without")
+        })
+    }
+
+    /// The exit node that is nearest by what is known of the relays' distance: an answer at once, without measuring.
+    pub(super) fn suggest_exit_node(&self) -> Option<SuggestedExitNode> {
+        let map = self.map.as_ref()?;
+        let offers = map.peers.values().filter(|node| offers_exit(node) && node.online == Some(true));
+        let far = u64::MAX;
+        let nearest = offers.min_by_key(|node| {
+            let distance = self.report.region_latency.get(&node.home_derp).copied().unwrap_or(far);
+            (distance, &node.name, &node.stable_id)
+        })?;
+        Some(SuggestedExitNode { id: nearest.stable_id.clone(), name: nearest.name.clone() })
     }
 
     pub(super) fn who_is(&self, who: Who) -> Option<WhoIs> {

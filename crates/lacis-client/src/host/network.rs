@@ -10,12 +10,12 @@ use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{HostError, HostOptions, Report};
+use super::{HostError, HostOptions, Report, Routes};
 
 const MAIN_TABLE: u32 = 254;
 const DEFAULT_TABLE: u32 = 253;
@@ -36,12 +36,25 @@ struct Rule {
     table: Option<u32>,
 }
 
+/// Where a route of our table leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum To {
+    Device,
+    /// Past the table, to what the host's other rules say.
+    Throw,
+}
+
+type Route = (IpNet, To);
+
 #[derive(Debug)]
 pub(super) struct Network {
     options: HostOptions,
     handle: Handle,
     _connection: AbortOnDropHandle<()>,
     warned_of_ipv6: bool,
+    /// Routes past the table that are ours: no device tells them from those of another daemon. `None` before the
+    /// first look, which takes those over that a crash has left.
+    thrown: Option<HashSet<IpNet>>,
 }
 
 fn failed(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> HostError {
@@ -58,7 +71,7 @@ impl Network {
     pub(super) fn open(options: HostOptions) -> Result<Self, HostError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(HostError::Open)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        Ok(Self { options, handle, _connection: connection, warned_of_ipv6: false })
+        Ok(Self { options, handle, _connection: connection, warned_of_ipv6: false, thrown: None })
     }
 
     /// The device's index.
@@ -86,11 +99,15 @@ impl Network {
         has
     }
 
-    pub(super) async fn apply(&mut self, addresses: &[IpNet], routes: &[IpNet]) -> Result<Report, HostError> {
+    pub(super) async fn apply(&mut self, addresses: &[IpNet], routes: &Routes) -> Result<Report, HostError> {
         let has_ipv6 = self.has_ipv6();
         let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
         let addresses: HashSet<IpNet> = addresses.iter().filter(usable).copied().collect();
-        let routes: HashSet<IpNet> = routes.iter().filter(usable).map(IpNet::trunc).collect();
+        let to = |list: &[IpNet], to| -> Vec<Route> {
+            list.iter().filter(usable).map(|net| (net.trunc(), to)).collect()
+        };
+        let device = to(&routes.device, To::Device);
+        let routes: HashSet<Route> = device.into_iter().chain(to(&routes.thrown, To::Throw)).collect();
         let index = self.index().await?;
         let mut report = Report::default();
 
@@ -102,19 +119,26 @@ impl Network {
         }
         self.rules(has_ipv6, &mut report).await?;
         let there = self.routes(index).await?;
-        let present: HashSet<IpNet> = there.iter().map(|(net, _)| *net).collect();
+        let present: HashSet<Route> = there.iter().map(|(route, _)| *route).collect();
         // Before anything is taken away, so that there is no moment without a route.
-        for net in routes.difference(&present) {
-            let route = self.route(*net, index);
+        for (net, to) in routes.difference(&present) {
+            let route = self.route(*net, *to, index);
             let added = self.handle.route().add(route).replace().execute().await;
             added.map_err(failed(format!("adding the route to {net}")))?;
+            if *to == To::Throw {
+                self.thrown.get_or_insert_default().insert(*net);
+            }
             report.changes += 1;
         }
-        for (net, message) in there {
-            if !routes.contains(&net) {
+        for (route, message) in there {
+            let (net, to) = route;
+            if !routes.contains(&route) {
                 let removed = self.handle.route().del(message).execute().await;
                 ignore(removed, libc::ESRCH).map_err(failed(format!("removing the route to {net}")))?;
                 report.changes += 1;
+            }
+            if to == To::Throw && !routes.contains(&route) {
+                self.thrown.get_or_insert_default().remove(&net);
             }
         }
         for net in self.addresses(index).await?.difference(&addresses) {
@@ -126,18 +150,21 @@ impl Network {
 
     /// Undoes it all. The device may be gone already, and everything on it.
     pub(super) async fn revert(&mut self) {
-        if let Ok(index) = self.index().await {
-            if let Ok(routes) = self.routes(index).await {
-                for (net, message) in routes {
-                    let removed = ignore(self.handle.route().del(message).execute().await, libc::ESRCH);
-                    log(removed, &format!("removing the route to {net}"));
-                }
+        let index = self.index().await;
+        // Routes that go past the table are not gone with the device. No device has the number 0.
+        if let Ok(routes) = self.routes(*index.as_ref().unwrap_or(&0)).await {
+            for ((net, _), message) in routes {
+                let removed = ignore(self.handle.route().del(message).execute().await, libc::ESRCH);
+                log(removed, &format!("removing the route to {net}"));
             }
-            if let Ok(addresses) = self.addresses(index).await {
-                for net in addresses {
-                    if let Err(error) = self.remove_address(index, net).await {
-                        tracing::warn!(%error);
-                    }
+        }
+        self.thrown = Some(HashSet::new());
+        if let Ok(index) = index
+            && let Ok(addresses) = self.addresses(index).await
+        {
+            for net in addresses {
+                if let Err(error) = self.remove_address(index, net).await {
+                    tracing::warn!(%error);
                 }
             }
         }
@@ -179,56 +206,50 @@ impl Network {
         Ok(())
     }
 
-    fn route(&self, net: IpNet, index: u32) -> RouteMessage {
-        match net {
+    fn route(&self, net: IpNet, to: To, index: u32) -> RouteMessage {
+        let mut message = match net {
             IpNet::V4(net) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
                 .destination_prefix(net.addr(), net.prefix_len())
-                .output_interface(index)
-                .scope(RouteScope::Link)
                 .table_id(self.options.table)
                 .build(),
             IpNet::V6(net) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
                 .destination_prefix(net.addr(), net.prefix_len())
-                .output_interface(index)
                 .table_id(self.options.table)
                 .build(),
+        };
+        match to {
+            To::Device => message.attributes.push(RouteAttribute::Oif(index)),
+            To::Throw => message.header.kind = RouteType::Throw,
         }
+        if to == To::Device && matches!(net, IpNet::V4(_)) {
+            message.header.scope = RouteScope::Link;
+        }
+        message
     }
 
-    /// The routes of our table that lead into the device.
-    async fn routes(&self, index: u32) -> Result<Vec<(IpNet, RouteMessage)>, HostError> {
+    /// The routes of our table that are ours: those that lead into the device, and those past the table.
+    async fn routes(&mut self, index: u32) -> Result<Vec<(Route, RouteMessage)>, HostError> {
         let mut all = Vec::new();
+        let mut of_others = false;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut ask = RouteMessage::default();
             ask.header.address_family = family;
             let get = self.handle.route().get(ask).execute();
             let messages: Vec<_> = get.try_collect().await.map_err(failed("reading the routes"))?;
-            all.extend(messages.into_iter().filter_map(|message| {
-                let mut table = u32::from(message.header.table);
-                let (mut destination, mut device) = (None, None);
-                for attribute in &message.attributes {
-                    match attribute {
-                        RouteAttribute::Table(id) => table = *id,
-                        RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
-                            destination = Some(IpAddr::V4(*ip));
-                        }
-                        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
-                            destination = Some(IpAddr::V6(*ip));
-                        }
-                        RouteAttribute::Oif(index) => device = Some(*index),
-                        _ => {}
-                    }
+            for message in messages {
+                let Some((net, device)) = parse_route(&message, self.options.table) else { continue };
+                match (message.header.kind, device) {
+                    (RouteType::Throw, _) => all.push(((net, To::Throw), message)),
+                    (_, Some(device)) if device == index => all.push(((net, To::Device), message)),
+                    _ => of_others = true,
                 }
-                let everywhere = if family == AddressFamily::Inet {
-                    IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED)
-                } else {
-                    IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)
-                };
-                let net =
-                    IpNet::new(destination.unwrap_or(everywhere), message.header.destination_prefix_length);
-                (table == self.options.table && device == Some(index)).then_some((net.ok()?, message))
-            }));
+            }
         }
+        let thrown = self.thrown.get_or_insert_with(|| {
+            let found = all.iter().filter(|((_, to), _)| *to == To::Throw).map(|((net, _), _)| *net);
+            if of_others { HashSet::new() } else { found.collect() }
+        });
+        all.retain(|((net, to), _)| *to == To::Device || thrown.contains(net));
         Ok(all)
     }
 
@@ -321,6 +342,28 @@ impl Network {
         };
         ignore(added, libc::EEXIST).map_err(failed(format!("adding the routing rule {}", rule.priority)))
     }
+}
+
+/// The destination and the device of a route, if it is one of this table.
+fn parse_route(message: &RouteMessage, table: u32) -> Option<(IpNet, Option<u32>)> {
+    let mut of = u32::from(message.header.table);
+    let (mut destination, mut device) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(id) => of = *id,
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(IpAddr::V4(*ip)),
+            RouteAttribute::Destination(RouteAddress::Inet6(ip)) => destination = Some(IpAddr::V6(*ip)),
+            RouteAttribute::Oif(index) => device = Some(*index),
+            _ => {}
+        }
+    }
+    let everywhere = if message.header.address_family == AddressFamily::Inet {
+        IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)
+    };
+    let net = IpNet::new(destination.unwrap_or(everywhere), message.header.destination_prefix_length).ok()?;
+    (of == table).then_some((net, device))
 }
 
 fn ignore(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), rtnetlink::Error> {

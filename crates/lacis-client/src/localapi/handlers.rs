@@ -8,7 +8,7 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use lacis_wire::local::{ApiError, MaskedPrefs, Prefs, StartOptions};
+use lacis_wire::local::{ApiError, ForwardingCheck, MaskedPrefs, Prefs, StartOptions};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 
 use super::{Api, MayWrite};
 use crate::engine::{Command, PingKind, Who};
+use crate::host::forwarding;
 
 /// Asks the engine.
 pub(super) async fn ask<T>(
@@ -221,15 +222,24 @@ pub(super) async fn check_so_mark() -> Response {
     Json(json!({ "UseSOMark": true })).into_response()
 }
 
-/// Subnet routers need it; the daemon does not switch it on by itself.
-pub(super) async fn check_ip_forwarding() -> Response {
-    let off = |path: &str| std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
-    let missing: Vec<_> = [("net.ipv4.ip_forward", "IPv4"), ("net.ipv6.conf.all.forwarding", "IPv6")]
-        .into_iter()
-        .filter(|(name, _)| off(&format!("/proc/sys/{}", name.replace('.', "/"))))
-        .map(|(name, family)| format!("{family} forwarding is off (sysctl -w {name}=1)"))
-        .collect();
-    Json(json!({ "Warning": missing.join("; ") })).into_response()
+#[derive(Debug, Deserialize)]
+pub(super) struct ForwardingQuery {
+    /// Whether IPv6 is asked about too.
+    ipv6: Option<String>,
+}
+
+/// Subnet routers and exit nodes need it; the daemon does not switch it on by itself.
+pub(super) async fn check_ip_forwarding(Query(query): Query<ForwardingQuery>) -> Response {
+    let ipv6 = query.ipv6.as_deref() != Some("false");
+    let missing = forwarding::switched_off(true, ipv6, forwarding::read_sysctl);
+    Json(ForwardingCheck { warning: missing.join("\n") }).into_response()
+}
+
+pub(super) async fn suggest_exit_node(State(api): State<Api>) -> Result<Response, Response> {
+    match ask(&api, |reply| Command::SuggestExitNode { reply }).await? {
+        Some(found) => Ok(Json(found).into_response()),
+        None => Err(error(StatusCode::NOT_FOUND, "no exit node is online")),
+    }
 }
 
 pub(super) async fn not_found() -> Response {

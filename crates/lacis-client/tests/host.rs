@@ -1,0 +1,207 @@
+//! The host's side against a real kernel: routes, rules and firewall tables in a network namespace of their own, which
+//! `unshare` makes by running this program once more.
+
+use std::process::Command;
+
+use ipnet::IpNet;
+use lacis_client::host::{Firewall, Host, HostOptions, HostState, Mode, Routes};
+
+/// Set in the copy that runs inside the namespace.
+const INSIDE: &str = "LACIS_TEST_INSIDE";
+
+fn run(line: &str) -> (bool, String) {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let output = Command::new(words[0]).args(&words[1..]).output().expect(line);
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+fn done(line: &str) -> String {
+    let (ok, text) = run(line);
+    assert!(ok, "{line}: {text}");
+    text
+}
+
+/// Runs the test of this name inside a namespace; false where that is not allowed, or is already so.
+fn outside(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return false;
+    }
+    if !run("unshare --net --map-root-user true").0 {
+        eprintln!("skipped: no network namespaces here");
+        return true;
+    }
+    let program = std::env::current_exe().expect("this program has a path");
+    let output = Command::new("unshare")
+        .args(["--net", "--map-root-user"])
+        .arg(program)
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .expect("unshare");
+    let text = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
+    true
+}
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().expect(text)).collect()
+}
+
+/// A router that uses an exit node as well, so that everything is there at once.
+fn wish() -> HostState {
+    HostState {
+        addresses: nets(&["100.64.0.1/32", "fd7a:115c:a1e0::1/128"]),
+        routes: Routes {
+            device: nets(&["100.64.0.2/32", "0.0.0.0/0", "::/0"]),
+            thrown: nets(&["10.9.0.0/24", "2001:db8:9::/64"]),
+        },
+        firewall: Firewall {
+            mode: Mode::On,
+            routed: nets(&["10.9.0.0/24", "2001:db8:9::/64"]),
+            masquerade: true,
+            stateful: true,
+            keep_marks: true,
+            ports: vec![41641],
+        },
+        dns: None,
+    }
+}
+
+async fn host(dir: &std::path::Path) -> Host {
+    let options = HostOptions {
+        state_dir: dir.to_owned(),
+        resolv_conf: dir.join("resolv.conf"),
+        ..HostOptions::default()
+    };
+    Host::new(options).await.expect("netlink")
+}
+
+fn device() {
+    for line in [
+        "link set lo up",
+        "link add lacis0 type veth peer name other",
+        "link set other up",
+        "link set lacis0 up",
+    ] {
+        done(&format!("ip {line}"));
+    }
+}
+
+fn everything() -> String {
+    // A table that was never used is an error to `ip`, an empty one is nothing.
+    let table = |line: &str| {
+        let text = run(line).1;
+        text.lines()
+            .filter(|line| !line.starts_with("Error") && !line.starts_with("Dump"))
+            .collect::<String>()
+    };
+    let routes = ["ip route show table 52", "ip -6 route show table 52"].map(table);
+    let rest = ["ip rule", "ip -6 rule", "nft list ruleset"].map(done);
+    [routes.as_slice(), rest.as_slice()].concat().join("--\n")
+}
+
+#[tokio::test]
+async fn the_host_is_set_up_once_repaired_and_put_back() {
+    if outside("the_host_is_set_up_once_repaired_and_put_back") {
+        return;
+    }
+    device();
+    let before = everything();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+
+    let report = host.apply(&wish()).await.expect("it is set up");
+    assert_eq!(report.warnings, Vec::<String>::new());
+    let v4 = done("ip route show table 52");
+    assert!(v4.contains("default dev lacis0") && v4.contains("throw 10.9.0.0/24"), "{v4}");
+    let v6 = done("ip -6 route show table 52");
+    assert!(v6.contains("default dev lacis0") && v6.contains("throw 2001:db8:9::/64"), "{v6}");
+    let filter = done("nft list table inet lacis");
+    for rule in [
+        "jump input",
+        "fib saddr . mark oifname \"lacis0\" drop",
+        "ct state != { established, related } drop",
+    ] {
+        assert!(filter.contains(rule), "{rule}: {filter}");
+    }
+    assert!(done("nft list table ip lacis").contains("masquerade"));
+    assert!(done("nft list table ip6 lacis").contains("masquerade"));
+    assert_eq!(done("cat /proc/sys/net/ipv4/conf/all/src_valid_mark").trim(), "1");
+
+    assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
+    assert_eq!(host.repair().await.changes, 0);
+    let set_up = everything();
+    done("nft flush ruleset");
+    done("ip route del throw 10.9.0.0/24 table 52");
+    assert_eq!(host.repair().await.changes, 2);
+    assert_eq!(everything(), set_up);
+    done("nft add rule inet lacis hook-input accept");
+    assert_eq!(host.repair().await.changes, 1);
+    assert_eq!(everything(), set_up);
+
+    host.revert().await;
+    assert_eq!(everything(), before);
+}
+
+#[tokio::test]
+async fn what_a_crash_has_left_is_cleared_away() {
+    if outside("what_a_crash_has_left_is_cleared_away") {
+        return;
+    }
+    device();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut crashed = host(dir.path()).await;
+    crashed.apply(&wish()).await.expect("it is set up");
+    drop(crashed);
+
+    let mut next = host(dir.path()).await;
+    assert!(!everything().contains("table inet lacis"));
+    let plain = HostState { routes: Routes::default(), firewall: Firewall::default(), ..wish() };
+    next.apply(&plain).await.expect("it is set up");
+    assert_eq!(done("ip route show table 52"), "");
+    assert!(!everything().contains("lacis {"));
+}
+
+#[tokio::test]
+async fn without_diverting_the_administrators_chains_stay() {
+    if outside("without_diverting_the_administrators_chains_stay") {
+        return;
+    }
+    device();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+    let mut wish = wish();
+    wish.firewall.mode = Mode::NoDivert;
+    host.apply(&wish).await.expect("it is set up");
+    let text = done("nft list table inet lacis");
+    assert!(!text.contains("hook") && text.contains("chain forward"), "{text}");
+    done("nft add chain inet lacis theirs { type filter hook input priority 5 ; }");
+    done("nft add rule inet lacis theirs jump input");
+    host.revert().await;
+    let text = done("nft list table inet lacis");
+    assert!(text.contains("jump input") && !text.contains("drop"), "{text}");
+}
+
+#[tokio::test]
+async fn what_the_host_lacks_is_said() {
+    if outside("what_the_host_lacks_is_said") {
+        return;
+    }
+    device();
+    done("sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=1");
+    done("nft add table ip filter");
+    done("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }");
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+    let missing = host.apply(&wish()).await.expect("it is set up").missing;
+    let said = |word: &str| missing.iter().any(|line| line.contains(word));
+    assert!(said("sysctl -w net.ipv4.ip_forward=1") && !said("net.ipv6"), "{missing:?}");
+    assert!(said("nft insert rule ip filter FORWARD iifname lacis0 accept"), "{missing:?}");
+
+    done("sysctl -qw net.ipv4.ip_forward=1");
+    done("nft insert rule ip filter FORWARD iifname lacis0 accept");
+    let report = host.repair().await;
+    assert_eq!(report.missing, Vec::<String>::new());
+    host.revert().await;
+}
