@@ -4,14 +4,25 @@
 //! what is wrong with line and column. [`Network::compile`] applies it to a [`Population`]: packet filters, visible
 //! peers, SSH rules, node attributes, approved and primary routes. No I/O and no clock.
 
+mod attributes;
 mod check;
 mod document;
+mod facts;
 mod language;
+mod network;
 mod policy;
 mod population;
 mod problem;
+mod program;
+mod ranges;
+mod routes;
+mod ssh;
+mod test;
 
 pub use document::Format;
+pub use network::{Difference, Network, PeerRoutes};
 pub use policy::Policy;
 pub use population::{Node, Population, Role, Settings, User};
 pub use problem::{Invalid, Position, Problem};
+pub use ssh::{SshRule, SshVerdict};
+pub use test::{Decision, Endpoint, Protocol, Reason};

@@ -7,6 +7,7 @@ use crate::check::check;
 use crate::document::{Document, Format};
 use crate::language::{self, Body};
 use crate::problem::{Invalid, Problem};
+use crate::program::Program;
 
 /// A policy that can be used. Cheap to clone. Two are equal when they say the same, however it is written.
 #[derive(Clone)]
@@ -16,6 +17,7 @@ struct Inner {
     text: String,
     format: Format,
     body: Body,
+    program: Program,
     warnings: Vec<Problem>,
 }
 
@@ -49,19 +51,17 @@ impl Policy {
             return Err(Invalid { problems: reading.problems });
         }
         reading.warnings.sort_by_key(|warning| warning.at);
-        let inner = Inner { text: text.to_owned(), format, body: reading.body, warnings: reading.warnings };
-        Ok(Self(Arc::new(inner)))
+        Ok(Self::of(text.to_owned(), format, reading.body, reading.warnings))
     }
 
     /// What a network without a policy has: everybody reaches everything.
     pub fn allow_all() -> Self {
-        let inner = Inner {
-            text: "{}".to_owned(),
-            format: Format::HuJson,
-            body: Body::default(),
-            warnings: Vec::new(),
-        };
-        Self(Arc::new(inner))
+        Self::of("{}".to_owned(), Format::HuJson, Body::default(), Vec::new())
+    }
+
+    fn of(text: String, format: Format, body: Body, warnings: Vec<Problem>) -> Self {
+        let program = Program::of(&body);
+        Self(Arc::new(Inner { text, format, body, program, warnings }))
     }
 
     /// What is accepted and not honoured, by name.
@@ -86,5 +86,14 @@ impl Policy {
 
     pub(crate) fn body(&self) -> &Body {
         &self.0.body
+    }
+
+    pub(crate) fn program(&self) -> &Program {
+        &self.0.program
+    }
+
+    /// Is it not only an equal one, but this one?
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }

@@ -1,0 +1,109 @@
+//! A policy's rules with their selectors interned: what there is to compute with, before anybody knows who there is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use lacis_wire::control::PortRange;
+use serde_json::Value;
+
+use crate::language::selector::{ALL_PORTS, Selector};
+use crate::language::{Body, Mark, Said};
+
+/// Number of an interned selector.
+pub(crate) type SelectorId = usize;
+
+/// Protocol (`None`: TCP, UDP, ICMP and ICMPv6) and ports.
+pub(crate) type Access = (Option<u8>, Vec<PortRange>);
+
+/// One destination of a rule.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    pub(crate) to: SelectorId,
+    pub(crate) access: Arc<[Access]>,
+}
+
+/// An entry of `acls` or `grants`.
+#[derive(Clone, Debug)]
+pub(crate) struct Rule {
+    pub(crate) mark: Mark,
+    pub(crate) src: Vec<SelectorId>,
+    pub(crate) dst: Vec<Destination>,
+    /// Empty, or only routers with one of these tags.
+    pub(crate) via: Vec<String>,
+    /// Application capabilities, by name.
+    pub(crate) app: Arc<BTreeMap<String, Vec<Value>>>,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Program {
+    pub(crate) selectors: Vec<Selector>,
+    pub(crate) rules: Vec<Rule>,
+    /// Targets of each entry of `nodeAttrs`.
+    pub(crate) attribute_targets: Vec<Vec<SelectorId>>,
+    /// Sources and destinations of each entry of `ssh`.
+    pub(crate) ssh: Vec<(Vec<SelectorId>, Vec<SelectorId>)>,
+}
+
+#[derive(Default)]
+struct Interner {
+    selectors: Vec<Selector>,
+    ids: HashMap<Selector, SelectorId>,
+}
+
+impl Interner {
+    fn id(&mut self, selector: &Selector) -> SelectorId {
+        if let Some(id) = self.ids.get(selector) {
+            return *id;
+        }
+        let id = self.selectors.len();
+        self.selectors.push(selector.clone());
+        self.ids.insert(selector.clone(), id);
+        id
+    }
+
+    fn all(&mut self, list: &[Said<Selector>]) -> Vec<SelectorId> {
+        list.iter().map(|said| self.id(&said.what)).collect()
+    }
+}
+
+impl Program {
+    pub(crate) fn of(body: &Body) -> Self {
+        let mut interner = Interner::default();
+        let mut rules = Vec::new();
+        let nothing = Arc::new(BTreeMap::new());
+        for acl in body.acls.iter().flatten() {
+            let src = interner.all(&acl.src);
+            let destination = |interner: &mut Interner, to: &Selector, ports: &[PortRange]| Destination {
+                to: interner.id(to),
+                access: [(acl.protocol, ports.to_vec())].into(),
+            };
+            let dst = acl.dst.iter().map(|said| destination(&mut interner, &said.what.to, &said.what.ports));
+            let dst = dst.collect();
+            rules.push(Rule { mark: acl.mark.clone(), src, dst, via: Vec::new(), app: Arc::clone(&nothing) });
+        }
+        for grant in body.grants.iter().flatten() {
+            let src = interner.all(&grant.src);
+            let access: Arc<[Access]> = grant.ip.iter().map(|said| said.what.clone()).collect();
+            let dst = grant
+                .dst
+                .iter()
+                .map(|said| Destination { to: interner.id(&said.what), access: Arc::clone(&access) })
+                .collect();
+            let via = grant.via.iter().map(|said| said.what.clone()).collect();
+            let app = grant.app.iter().map(|(name, values)| (name.clone(), values.what.clone())).collect();
+            rules.push(Rule { mark: grant.mark.clone(), src, dst, via, app: Arc::new(app) });
+        }
+        if body.acls.is_none() && body.grants.is_none() {
+            // Whoever says nothing of access restricts none.
+            let everybody = interner.id(&Selector::Any);
+            let dst = vec![Destination { to: everybody, access: [(None, vec![ALL_PORTS])].into() }];
+            let place = "no acls, no grants".to_owned();
+            let mark = Mark { at: crate::Position { line: 1, column: 1 }, place };
+            rules.push(Rule { mark, src: vec![everybody], dst, via: Vec::new(), app: nothing });
+        }
+        let attribute_targets = body.node_attrs.iter().map(|attrs| interner.all(&attrs.target)).collect();
+        let ssh = body.ssh.iter().map(|rule| (interner.all(&rule.src), interner.all(&rule.dst))).collect();
+        Self { selectors: interner.selectors, rules, attribute_targets, ssh }
+    }
+}
