@@ -101,25 +101,6 @@ impl Document {
         };
         Ok(Self { root: root? })
     }
-
-    /// The place of a JSON path such as `users[0].id`, or of the nearest thing above it.
-    pub(crate) fn position(&self, place: &str) -> Position {
-        let mut item = &self.root;
-        for step in place.split(['.', '[']).filter(|step| !step.is_empty()) {
-            let next = match &item.data {
-                Data::Map(entries) => entries.iter().find(|(key, _)| key.name == step).map(|(_, item)| item),
-                Data::List(items) => {
-                    step.trim_end_matches(']').parse().ok().and_then(|at: usize| items.get(at))
-                }
-                _ => None,
-            };
-            match next {
-                Some(next) => item = next,
-                None => break,
-            }
-        }
-        item.at
-    }
 }
 
 /// One step further down a place.
@@ -325,9 +306,13 @@ mod tests {
         let yaml = Document::parse("# why\na: [1, true, null, x]\nb:\n  c: 2.5\n", Format::Yaml);
         let (json, yaml) = (json.unwrap(), yaml.unwrap());
         assert_eq!(json.root.to_json(), yaml.root.to_json());
-        assert_eq!(json.position("a[3]"), Position { line: 3, column: 24 });
-        assert_eq!(json.position("b.c"), Position { line: 4, column: 14 });
-        assert_eq!(yaml.position("b.c"), Position { line: 4, column: 6 });
+        let last = |document: &Document| match &document.root.data {
+            Data::Map(entries) => (entries[1].0.at, entries[1].1.at),
+            _ => panic!("no object"),
+        };
+        let at = |line, column| Position { line, column };
+        assert_eq!(last(&json), (at(4, 3), at(4, 8)));
+        assert_eq!(last(&yaml), (at(3, 1), at(4, 3)));
     }
 
     #[test]

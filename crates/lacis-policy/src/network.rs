@@ -652,7 +652,7 @@ impl State {
                 next.sides[rule] = Arc::new(sides);
             }
         }
-        next.rehear(self, slot, old.as_ref());
+        next.rehear(slot);
         let routed = |facts: &Option<Arc<Facts>>| {
             facts.as_ref().is_some_and(|facts| !facts.subnets.is_empty() || !facts.exits.is_empty())
         };
@@ -664,7 +664,7 @@ impl State {
     }
 
     /// Who hears whom, after one slot changed: its own row, and its bit in the others'.
-    fn rehear(&mut self, before: &Self, slot: usize, old: Option<&Arc<Facts>>) {
+    fn rehear(&mut self, slot: usize) {
         let mut speaks_to = Bits::empty(self.slots.len());
         for (rule, sides) in self.sides.iter().enumerate() {
             if sides.from.has(slot) {
@@ -687,7 +687,6 @@ impl State {
                 }
             }
         }
-        let _ = (before, old);
         for other in 0..self.slots.len() {
             let speaks = speaks_to.has(other);
             if self.hears[other].has(slot) != speaks {

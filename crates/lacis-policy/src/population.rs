@@ -1,16 +1,18 @@
 //! Who there is: users and nodes, as a policy is applied to them. Comes from a coordinator's state, or from a file.
 
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use lacis_wire::control::{NodeId, UserId};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::document::{Document, Format};
-use crate::problem::{Invalid, Problem};
+use crate::document::{Data, Document, Format, Item, entry};
+use crate::problem::{Invalid, Position, Problem};
 
 /// What a user is in the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
     /// Owns the network.
@@ -26,6 +28,7 @@ pub enum Role {
     /// Sees everything.
     Auditor,
     /// Uses it.
+    #[default]
     Member,
 }
 
@@ -111,22 +114,22 @@ impl Population {
     /// When it is not one, with the place; two users or two nodes with one number are refused too.
     pub fn parse(text: &str, format: Format) -> Result<Self, Invalid> {
         let document = Document::parse(text, format)?;
-        let population: Self = serde_json::from_value(document.root.to_json()).map_err(|error| Problem {
-            at: None,
-            place: String::new(),
-            message: error.to_string(),
-            help: None,
-        })?;
-        let repeated = |ids: &mut Vec<i64>| {
-            ids.sort_unstable();
-            ids.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
+        let Data::Map(entries) = &document.root.data else {
+            let message =
+                format!("a population is an object with users and nodes, not {}", document.root.kind());
+            return Err(problem(document.root.at, "", message).into());
         };
-        let wrong = |message: String| Problem { at: None, place: String::new(), message, help: None };
-        if let Some(id) = repeated(&mut population.users.iter().map(|user| user.id.0).collect()) {
-            return Err(wrong(format!("two users have the id {id}")).into());
-        }
-        if let Some(id) = repeated(&mut population.nodes.iter().map(|node| node.id.0).collect()) {
-            return Err(wrong(format!("two nodes have the id {id}")).into());
+        let mut population = Self::default();
+        for (key, item) in entries {
+            match key.name.as_str() {
+                "users" => population.users = list(item, "users", |user: &User| user.id.0)?,
+                "nodes" => population.nodes = list(item, "nodes", |node: &Node| node.id.0)?,
+                "settings" => population.settings = one(item, "settings")?,
+                other => {
+                    let message = format!("unknown field {other:?}: there are users, nodes and settings");
+                    return Err(problem(key.at, other, message).into());
+                }
+            }
         }
         Ok(population)
     }
@@ -137,8 +140,48 @@ impl Population {
     }
 }
 
-impl Default for Role {
-    fn default() -> Self {
-        Self::Member
+fn problem(at: Position, place: &str, message: String) -> Problem {
+    Problem { at: Some(at), place: place.to_owned(), message, help: None }
+}
+
+fn one<T: DeserializeOwned>(item: &Item, place: &str) -> Result<T, Problem> {
+    serde_json::from_value(item.to_json()).map_err(|error| problem(item.at, place, error.to_string()))
+}
+
+/// A list of things with numbers, each number once.
+fn list<T: DeserializeOwned>(item: &Item, place: &str, id: impl Fn(&T) -> i64) -> Result<Vec<T>, Problem> {
+    let Data::List(items) = &item.data else {
+        return Err(problem(item.at, place, format!("a list is expected here, not {}", item.kind())));
+    };
+    let mut seen = HashSet::new();
+    let mut all = Vec::with_capacity(items.len());
+    for (at, item) in items.iter().enumerate() {
+        let place = entry(place, at);
+        let read: T = one(item, &place)?;
+        if !seen.insert(id(&read)) {
+            return Err(problem(item.at, &place, format!("the id {} is given twice", id(&read))));
+        }
+        all.push(read);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_population_is_read_with_places() {
+        let text = "users:\n- {id: 1, name: alice}\nnodes:\n- {id: 7, name: a, user: 1, v4: 100.64.0.1}\n";
+        let population = Population::parse(text, Format::Yaml).unwrap();
+        assert!(population.nodes[0].online);
+        let again = serde_json::to_string(&population).unwrap();
+        assert_eq!(Population::parse(&again, Format::HuJson).unwrap(), population);
+        let error = |text: &str| Population::parse(text, Format::Yaml).unwrap_err().to_string();
+        assert!(
+            error("nodes:\n- {id: 7, name: a}\n- {id: 7, name: b}\n").starts_with("3:3: nodes[1]: the id 7")
+        );
+        assert!(error("nodes:\n- {id: 7, name: a, tag: x}\n").contains("unknown field `tag`"));
+        assert!(error("node: []\n").contains("unknown field \"node\""));
     }
 }
