@@ -1,8 +1,10 @@
 //! What can be said of a policy without knowing users and nodes: names that nothing defines, selectors where they mean
 //! nothing, combinations that would not do what they say.
 
+use crate::facts::literal;
 use crate::language::selector::{Selector, nearest};
 use crate::language::{Body, Mark, Said};
+use crate::network::is_mesh_v6;
 use crate::problem::Problem;
 
 /// Which side of which rule.
@@ -24,6 +26,18 @@ pub(crate) fn check(body: &Body) -> (Vec<Problem>, Vec<Problem>) {
     check.owners();
     check.properties();
     (check.problems, check.warnings)
+}
+
+/// Can it be behind a router?
+fn is_routed(selector: &Selector) -> bool {
+    matches!(
+        selector,
+        Selector::Internet
+            | Selector::Host(_)
+            | Selector::Address(_)
+            | Selector::Net(_)
+            | Selector::Range(..)
+    )
 }
 
 struct Check<'a> {
@@ -96,6 +110,15 @@ impl Check<'_> {
                 let help = "SSH rules know people and tags, not addresses";
                 self.wrong(mark, format!("invalid src \"{selector}\""), Some(help));
             }
+            Selector::Address(address) if side == Side::Destination && address.is_ipv6() => {
+                let ranges = literal(self.body, selector);
+                if is_mesh_v6(ranges.as_ref()) {
+                    let message =
+                        format!("{address} means no node: an IPv6 address of the mesh is nobody's here");
+                    let help = "as in Tailscale; name the IPv4 address, a tag or a user".to_owned();
+                    self.warnings.push(mark.problem(message, Some(help)));
+                }
+            }
             Selector::Shared => {
                 let message =
                     "autogroup:shared matches nobody: nodes cannot be shared with other networks here";
@@ -166,6 +189,14 @@ impl Check<'_> {
                         self.wrong(&dst.mark, "cannot use app grants with autogroup:internet", None);
                     }
                     _ => {}
+                }
+            }
+            if !grant.via.is_empty() {
+                for dst in grant.dst.iter().filter(|dst| !is_routed(&dst.what)) {
+                    let message =
+                        format!("{} is not reached via a router: the grant does nothing for it", dst.what);
+                    let help = "via is for networks and autogroup:internet".to_owned();
+                    self.warnings.push(dst.mark.problem(message, Some(help)));
                 }
             }
             for via in &grant.via {

@@ -65,6 +65,15 @@ pub(crate) struct Set {
     pub(crate) nodes: Bits,
     /// What it says of addresses by itself; `None` when it means nodes.
     pub(crate) literal: Option<Ranges>,
+    /// As a destination it means no node: an IPv6 address of the mesh by itself, which Tailscale takes for nobody's.
+    pub(crate) nobody: bool,
+}
+
+impl Set {
+    /// Is the node a destination by itself?
+    fn lands(&self, slot: usize) -> bool {
+        !self.nobody && self.nodes.has(slot)
+    }
 }
 
 /// A rule's sides, for this population.
@@ -97,7 +106,9 @@ pub(crate) struct State {
 /// What one peer is the way to, for one viewer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerRoutes {
-    /// Beside its addresses: networks it is the primary router of, and exit routes.
+    /// Its own addresses, as far as this viewer has a use for them: a viewer without IPv4 is told no IPv4.
+    pub addresses: Vec<IpNet>,
+    /// Beside those: networks it is the primary router of, and exit routes.
     pub allowed: Vec<IpNet>,
     /// The networks alone.
     pub primary: Vec<IpNet>,
@@ -306,6 +317,10 @@ impl Network {
         let mut was: Vec<NodeId> = older.peers(viewer).collect();
         was.reverse();
         let same_routes = Arc::ptr_eq(&self.0.routes, &older.0.routes);
+        let same_viewer = match (now, before) {
+            (Some((_, now)), Some((_, before))) => now.addresses == before.addresses,
+            _ => false,
+        };
         for peer in self.peers(viewer) {
             while was.last().is_some_and(|old| *old < peer) {
                 difference.vanished.extend(was.pop());
@@ -315,7 +330,7 @@ impl Network {
                 continue;
             }
             was.pop();
-            if self.alters(older, viewer, peer, same_routes) {
+            if self.alters(older, viewer, peer, same_routes && same_viewer) {
                 difference.altered.push(peer);
             }
         }
@@ -335,13 +350,12 @@ impl Network {
     }
 
     /// Is a peer that stays another one for this viewer?
-    fn alters(&self, older: &Self, viewer: NodeId, peer: NodeId, same_routes: bool) -> bool {
+    fn alters(&self, older: &Self, viewer: NodeId, peer: NodeId, same_view: bool) -> bool {
         let (Some((_, facts)), Some((_, old))) = (self.facts(peer), older.facts(peer)) else { return false };
-        if Arc::ptr_eq(facts, old) && (same_routes || (facts.subnets.is_empty() && facts.exits.is_empty())) {
+        if same_view && Arc::ptr_eq(facts, old) {
             return false;
         }
-        facts.addresses != old.addresses
-            || self.routes(viewer, peer) != older.routes(viewer, peer)
+        self.routes(viewer, peer) != older.routes(viewer, peer)
             || self.peer_caps(viewer, peer) != older.peer_caps(viewer, peer)
     }
 }
@@ -425,7 +439,8 @@ impl State {
                     }
                 }
             }
-            Arc::new(Set { nodes, literal })
+            let nobody = is_mesh_v6(literal.as_ref());
+            Arc::new(Set { nodes, literal, nobody })
         };
         self.policy.program().selectors.iter().map(set).collect()
     }
@@ -494,7 +509,7 @@ impl State {
                 _ => false,
             };
             if rule.via.is_empty() {
-                set.nodes.has(slot) || routed()
+                set.lands(slot) || routed()
             } else {
                 rule.via.iter().any(|tag| facts.node.tags.contains(tag)) && routed()
             }
@@ -564,10 +579,12 @@ impl State {
                     (None, Selector::Any) => Some(Ranges::everything()),
                     _ => None,
                 });
-            let internet = rule
-                .dst
-                .iter()
-                .any(|dst| matches!(self.selector(dst.to), Selector::Any | Selector::Internet));
+            let internet = rule.dst.iter().any(|dst| match self.selector(dst.to) {
+                Selector::Internet => true,
+                Selector::Any => rule.via.is_empty(),
+                Selector::Net(net) => rule.via.is_empty() && net.prefix_len() == 0,
+                _ => false,
+            });
             Reach {
                 sources: &sides.ranges,
                 from: sides.from.clone(),
@@ -583,6 +600,10 @@ impl State {
     fn routes_of(&self, viewer: usize, peer: usize) -> PeerRoutes {
         let mut routes = PeerRoutes::default();
         let Some(facts) = &self.slots[peer] else { return routes };
+        let v4 =
+            self.slots[viewer].as_ref().is_none_or(|viewer| viewer.addresses.iter().any(IpAddr::is_ipv4));
+        let usable = facts.addresses.iter().filter(|address| v4 || address.is_ipv6());
+        routes.addresses = usable.copied().map(IpNet::from).collect();
         for net in &facts.subnets {
             let Ok(at) = self.routes.list.binary_search_by_key(net, |route| route.net) else { continue };
             if self.routes.leads(&self.routes.list[at], viewer, peer, &self.slots) {
@@ -757,7 +778,7 @@ impl State {
                     }
                 }
                 (_, Some(ranges)) => {
-                    let here = set.nodes.has(slot) && rule.via.is_empty();
+                    let here = set.lands(slot) && rule.via.is_empty();
                     if here || ranges.overlaps(&facts.behind) {
                         let at = facts
                             .addresses
@@ -852,6 +873,15 @@ impl State {
             rules.push(FilterRule { src_ips: sources, cap_grant, ..FilterRule::default() });
         }
         rules
+    }
+}
+
+/// Is it one IPv6 address of a mesh?
+pub(crate) fn is_mesh_v6(literal: Option<&Ranges>) -> bool {
+    let mut parts = literal.into_iter().flat_map(Ranges::iter);
+    match (parts.next(), parts.next()) {
+        (Some((first, last)), None) => first == last && first.is_ipv6() && MESH.contains(first),
+        _ => false,
     }
 }
 

@@ -139,7 +139,7 @@ impl State {
                 // All sources come here.
             } else if reaches_own || local {
                 // Whoever may log in somewhere under their own name, may so at their own machines.
-                sources.retain(is_own);
+                sources.retain(|source| is_own(source) || (local && *source == slot));
             } else {
                 continue;
             }

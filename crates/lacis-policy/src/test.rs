@@ -8,7 +8,7 @@ use lacis_wire::control::{NodeId, PortRange};
 use crate::facts::{Facts, literal};
 use crate::language::selector::{self, ALL_PORTS, Selector};
 use crate::language::{Login, Mark, Property, SshTest, Test};
-use crate::network::{INTERNET, Network, State};
+use crate::network::{INTERNET, Network, State, is_mesh_v6};
 use crate::problem::{Invalid, Position, Problem};
 use crate::program::Rule;
 use crate::ranges::Ranges;
@@ -331,22 +331,25 @@ impl Network {
             Selector::parse(text).map_err(|(message, _)| format!("SSH tests dst {text:?}: {message}"))?;
         match &target {
             Selector::Internet | Selector::Any | Selector::DangerAll => {
-                return Err(format!("SSH tests dst contains disallowed element {text:?}"));
+                return Err(format!("SSH tests dst contains an element that is not allowed: {text:?}"));
             }
             Selector::Tag(tag) if !body.tag_owners.contains_key(tag) => {
                 return Err(format!("SSH tests dst contains unknown tag {text:?}"));
             }
             Selector::Net(net) if net.prefix_len() != net.max_prefix_len() => {
-                return Err(format!("SSH tests dst contains disallowed element {text:?}"));
+                return Err(format!("SSH tests dst contains an element that is not allowed: {text:?}"));
             }
             Selector::Host(name) => match body.hosts.get(name) {
                 Some(net) if net.what.prefix_len() == net.what.max_prefix_len() => {}
-                Some(_) => return Err(format!("SSH tests dst contains disallowed element {text:?}")),
+                Some(_) => {
+                    return Err(format!("SSH tests dst contains an element that is not allowed: {text:?}"));
+                }
                 None => return Err(format!("SSH tests dst contains unknown host {text:?}")),
             },
             _ => {}
         }
         let addresses = match target {
+            _ if is_mesh_v6(literal(body, &target).as_ref()) => Vec::new(),
             Selector::Own => match source {
                 Selector::User(_) => state.addresses_of(source),
                 _ => Vec::new(),
