@@ -79,8 +79,9 @@ impl<'a> Case<'a> {
             lines.extend(found.into_iter().map(|line| format!("filter: {line}")));
         }
         if let Some(rules) = &expected.ssh_rules {
-            let ours = serde_json::to_value(&*self.network.ssh_rules(node.id)).expect("rules are JSON");
-            let ours: Vec<Value> = ours.as_array().expect("rules are a list").iter().map(ssh_rule).collect();
+            let ours = self.network.ssh_rules(node.id);
+            let ours: Vec<Value> =
+                ours.iter().map(|rule| ssh_rule(&rule.to_wire("https://unused"))).collect();
             let theirs: Vec<Value> = rules.iter().map(ssh_rule).collect();
             for at in 0..theirs.len().max(ours.len()) {
                 let texts = [theirs.get(at), ours.get(at)].map(|rule| rule.map(ToString::to_string));
@@ -90,12 +91,19 @@ impl<'a> Case<'a> {
         self.peers(node, expected, &mut lines);
         if let Some(theirs) = &expected.self_cap_map {
             let anyhow = self.held_anyhow(node);
-            let ours = (*self.network.attributes(node.id)).clone().into_iter();
+            let ours = self.network.attributes(node.id).into_iter();
             let ours: CapMap = ours.filter(|(name, _)| !anyhow.contains(name.as_str())).collect();
             lines.extend(unequal("attributes", &flags(theirs), &flags(&ours)));
         }
         if let Some(theirs) = &expected.self_addresses {
-            lines.extend(unequal("addresses", &nets(theirs), &nets(&self.network.addresses(node.id))));
+            let mut ours = self.network.addresses(node.id);
+            // With a pool an address is one of it, and which one was chance.
+            let pools = self.network.pools(node.id);
+            for their in theirs.iter().filter(|their| pools.iter().any(|pool| pool.contains(*their))) {
+                ours.retain(|our| our.addr().is_ipv4() != their.addr().is_ipv4());
+                ours.push(*their);
+            }
+            lines.extend(unequal("addresses", &nets(theirs), &nets(&ours)));
         }
         lines.into_iter().map(|line| format!("{name}: {line}")).collect()
     }
@@ -113,8 +121,7 @@ impl<'a> Case<'a> {
                 continue;
             };
             let routes = self.network.routes(node.id, *id);
-            let mut allowed = self.network.addresses(*id);
-            allowed.extend(routes.allowed);
+            let allowed = [&routes.addresses[..], &routes.allowed].concat();
             let tags: BTreeSet<String> = self.nodes[name.as_str()].tags.iter().cloned().collect();
             let about = |what: &str| format!("peer {name}: {what}");
             lines.extend(unequal(&about("allowed IPs"), &nets(&expected.allowed_ips), &nets(&allowed)));

@@ -69,6 +69,7 @@ const IMPOSSIBLE: &[&str] = &[
     "not supported",
     "nothing that",
     "is no ",
+    "disallowed",
     "unknown",
     "never",
 ];
