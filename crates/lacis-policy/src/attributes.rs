@@ -4,8 +4,9 @@ use ipnet::IpNet;
 use lacis_wire::control::{CapMap, NodeId};
 
 use crate::facts::Facts;
-use crate::network::{Network, State};
+use crate::network::Network;
 use crate::population::Role;
+use crate::state::State;
 
 /// What every node may do.
 const EVERYBODY: [&str; 2] = ["https://tailscale.com/cap/file-sharing", "https://tailscale.com/cap/ssh"];

@@ -4,8 +4,8 @@
 use crate::facts::literal;
 use crate::language::selector::{Selector, nearest};
 use crate::language::{Body, Mark, Said};
-use crate::network::is_mesh_v6;
 use crate::problem::Problem;
+use crate::state::is_mesh_v6;
 
 /// Which side of which rule.
 #[derive(Clone, Copy, PartialEq, Eq)]

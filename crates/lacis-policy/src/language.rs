@@ -3,6 +3,7 @@
 pub(crate) mod print;
 pub(crate) mod read;
 pub(crate) mod selector;
+mod values;
 
 use std::collections::BTreeMap;
 

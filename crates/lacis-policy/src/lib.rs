@@ -8,6 +8,7 @@ mod attributes;
 mod check;
 mod document;
 mod facts;
+mod filter;
 mod language;
 mod network;
 mod policy;
@@ -17,6 +18,7 @@ mod program;
 mod ranges;
 mod routes;
 mod ssh;
+mod state;
 mod test;
 
 pub use document::Format;

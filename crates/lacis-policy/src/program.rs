@@ -31,8 +31,18 @@ pub(crate) struct Rule {
     /// Empty, or only routers with one of these tags.
     pub(crate) via: Vec<String>,
     /// Application capabilities, by name.
-    pub(crate) app: Arc<BTreeMap<String, Vec<Value>>>,
+    pub(crate) app: BTreeMap<String, Vec<Value>>,
+    /// What its destinations grant back to its sources.
+    pub(crate) companions: Vec<&'static str>,
+    /// A destination is `autogroup:self`.
+    pub(crate) own: bool,
 }
+
+/// The companions of capabilities.
+const COMPANIONS: [(&str, &str); 2] = [
+    ("tailscale.com/cap/drive", "tailscale.com/cap/drive-sharer"),
+    ("tailscale.com/cap/relay", "tailscale.com/cap/relay-target"),
+];
 
 /// All of it.
 #[derive(Clone, Debug, Default)]
@@ -65,42 +75,46 @@ impl Interner {
     fn all(&mut self, list: &[Said<Selector>]) -> Vec<SelectorId> {
         list.iter().map(|said| self.id(&said.what)).collect()
     }
+
+    /// A rule about network access alone.
+    fn rule(&self, mark: Mark, src: Vec<SelectorId>, dst: Vec<Destination>) -> Rule {
+        let own = dst.iter().any(|dst| self.selectors[dst.to] == Selector::Own);
+        Rule { mark, src, dst, via: Vec::new(), app: BTreeMap::new(), companions: Vec::new(), own }
+    }
 }
 
 impl Program {
     pub(crate) fn of(body: &Body) -> Self {
         let mut interner = Interner::default();
         let mut rules = Vec::new();
-        let nothing = Arc::new(BTreeMap::new());
         for acl in body.acls.iter().flatten() {
             let src = interner.all(&acl.src);
-            let destination = |interner: &mut Interner, to: &Selector, ports: &[PortRange]| Destination {
-                to: interner.id(to),
-                access: [(acl.protocol, ports.to_vec())].into(),
-            };
-            let dst = acl.dst.iter().map(|said| destination(&mut interner, &said.what.to, &said.what.ports));
+            let dst = acl.dst.iter().map(|said| {
+                let access = [(acl.protocol, said.what.ports.clone())].into();
+                Destination { to: interner.id(&said.what.to), access }
+            });
             let dst = dst.collect();
-            rules.push(Rule { mark: acl.mark.clone(), src, dst, via: Vec::new(), app: Arc::clone(&nothing) });
+            rules.push(interner.rule(acl.mark.clone(), src, dst));
         }
         for grant in body.grants.iter().flatten() {
             let src = interner.all(&grant.src);
             let access: Arc<[Access]> = grant.ip.iter().map(|said| said.what.clone()).collect();
-            let dst = grant
-                .dst
-                .iter()
-                .map(|said| Destination { to: interner.id(&said.what), access: Arc::clone(&access) })
-                .collect();
+            let dst = interner.all(&grant.dst).into_iter();
+            let dst = dst.map(|to| Destination { to, access: Arc::clone(&access) }).collect();
             let via = grant.via.iter().map(|said| said.what.clone()).collect();
-            let app = grant.app.iter().map(|(name, values)| (name.clone(), values.what.clone())).collect();
-            rules.push(Rule { mark: grant.mark.clone(), src, dst, via, app: Arc::new(app) });
+            let app: BTreeMap<_, _> =
+                grant.app.iter().map(|(name, values)| (name.clone(), values.what.clone())).collect();
+            let companions = COMPANIONS.into_iter().filter(|(name, _)| app.contains_key(*name));
+            let companions = companions.map(|(_, companion)| companion).collect();
+            rules.push(Rule { via, app, companions, ..interner.rule(grant.mark.clone(), src, dst) });
         }
         if body.acls.is_none() && body.grants.is_none() {
             // Whoever says nothing of access restricts none.
             let everybody = interner.id(&Selector::Any);
             let dst = vec![Destination { to: everybody, access: [(None, vec![ALL_PORTS])].into() }];
-            let place = "no acls, no grants".to_owned();
-            let mark = Mark { at: crate::Position { line: 1, column: 1 }, place };
-            rules.push(Rule { mark, src: vec![everybody], dst, via: Vec::new(), app: nothing });
+            let at = crate::Position { line: 1, column: 1 };
+            let mark = Mark { at, place: "no acls, no grants".to_owned() };
+            rules.push(interner.rule(mark, vec![everybody], dst));
         }
         let attribute_targets = body.node_attrs.iter().map(|attrs| interner.all(&attrs.target)).collect();
         let ssh = body.ssh.iter().map(|rule| (interner.all(&rule.src), interner.all(&rule.dst))).collect();

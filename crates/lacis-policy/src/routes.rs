@@ -53,6 +53,32 @@ fn elect(
     routers.clone().find(online).or_else(|| routers.clone().next())
 }
 
+impl Route {
+    /// Is `router` this viewer's way to the network?
+    pub(crate) fn leads(
+        &self,
+        viewer: usize,
+        router: usize,
+        slots: &[Option<std::sync::Arc<Facts>>],
+    ) -> bool {
+        let chosen: Vec<&[String]> = self
+            .via
+            .iter()
+            .filter(|(viewers, _)| viewers.has(viewer))
+            .map(|(_, tags)| tags.as_slice())
+            .collect();
+        // Of several routers each knows the first, so that it can reach what only that one reaches.
+        if self.open_to.has(viewer) || (chosen.is_empty() && self.routers.contains(&viewer)) {
+            return self.primary == Some(router);
+        }
+        let tagged = |slot: &usize| {
+            let tags = slots[*slot].as_ref().map_or(&[][..], |facts| &facts.node.tags);
+            chosen.iter().any(|via| via.iter().any(|tag| tags.contains(tag)))
+        };
+        elect(self.routers.iter().copied().filter(tagged), slots) == Some(router)
+    }
+}
+
 impl Routes {
     pub(crate) fn of(slots: &[Option<std::sync::Arc<Facts>>], rules: &[Reach<'_>]) -> Self {
         let mut routers: BTreeMap<IpNet, Vec<usize>> = BTreeMap::new();
@@ -88,31 +114,6 @@ impl Routes {
             }
         }
         all
-    }
-
-    /// Is `router` this viewer's way to the network?
-    pub(crate) fn leads(
-        &self,
-        route: &Route,
-        viewer: usize,
-        router: usize,
-        slots: &[Option<std::sync::Arc<Facts>>],
-    ) -> bool {
-        let chosen: Vec<&[String]> = route
-            .via
-            .iter()
-            .filter(|(viewers, _)| viewers.has(viewer))
-            .map(|(_, tags)| tags.as_slice())
-            .collect();
-        // Of several routers each knows the first, so that it can reach what only that one reaches.
-        if route.open_to.has(viewer) || (chosen.is_empty() && route.routers.contains(&viewer)) {
-            return route.primary == Some(router);
-        }
-        let tagged = |slot: &usize| {
-            let tags = slots[*slot].as_ref().map_or(&[][..], |facts| &facts.node.tags);
-            chosen.iter().any(|via| via.iter().any(|tag| tags.contains(tag)))
-        };
-        elect(route.routers.iter().copied().filter(tagged), slots) == Some(router)
     }
 
     /// May this viewer use this exit node?

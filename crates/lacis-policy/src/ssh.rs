@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use crate::facts::Facts;
 use crate::language::selector::Selector;
 use crate::language::{Login, Ssh, SshAction};
-use crate::network::{Network, State};
+use crate::network::Network;
 use crate::population::User;
+use crate::state::State;
 
 /// What happens to a session that a rule matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,11 +8,12 @@ use lacis_wire::control::{NodeId, PortRange};
 use crate::facts::{Facts, literal};
 use crate::language::selector::{self, ALL_PORTS, Selector};
 use crate::language::{Login, Mark, Property, SshTest, Test};
-use crate::network::{INTERNET, Network, State, is_mesh_v6};
+use crate::network::Network;
 use crate::problem::{Invalid, Position, Problem};
 use crate::program::Rule;
 use crate::ranges::Ranges;
 use crate::ssh::SshVerdict;
+use crate::state::{INTERNET, State, is_mesh_v6};
 
 /// One end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ enum Match {
 impl State {
     /// Addresses that a destination is about, for a source of this user.
     fn destination_ranges(&self, id: usize, source: Option<&Facts>) -> Ranges {
-        match (self.selector_of(id), &self.sets[id].literal) {
+        match (self.selector(id), &self.sets[id].literal) {
             (Selector::Any, _) => Ranges::everything(),
             (Selector::Internet, _) => INTERNET.clone(),
             (Selector::Own, _) => {
@@ -118,10 +119,6 @@ impl State {
                     .map(|facts| &facts.own),
             ),
         }
-    }
-
-    fn selector_of(&self, id: usize) -> &Selector {
-        &self.policy.program().selectors[id]
     }
 
     /// The node that has an address itself.

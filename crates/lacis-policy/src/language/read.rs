@@ -4,18 +4,13 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use lacis_wire::control::PortRange;
 use serde_json::Value;
 
 use super::selector::{self, Selector, Wrong};
-use super::{
-    Acl, Body, Grant, Login, Mark, NodeAttrs, Property, Said, Ssh, SshAction, SshTest, Target, Test,
-};
+use super::values::{capability_name, check_period, grant_ports, login, pool, property};
+use super::{Acl, Body, Grant, Mark, NodeAttrs, Said, Ssh, SshAction, SshTest, Target, Test};
 use crate::document::{Data, Document, Item, Key, entry, member};
 use crate::problem::Problem;
-
-/// Longest time that one check of an SSH session lasts, in seconds.
-const LONGEST_CHECK: u64 = 168 * 3600;
 
 /// Top-level keys of others that mean nothing here, and why.
 const NOT_HONOURED: [(&str, &str); 4] = [
@@ -230,7 +225,7 @@ impl Reader {
         let Some(fields) = self.fields(item, place) else { return groups };
         for (key, item) in fields.left {
             let place = member(place, &key.name);
-            if !key.name.strip_prefix("group:").is_some_and(|name| !name.is_empty()) {
+            if key.name.strip_prefix("group:").is_none_or(str::is_empty) {
                 let message = format!("group name {:?} must start with 'group:'", key.name);
                 self.problems.push(Mark { at: key.at, place }.problem(message, None));
                 continue;
@@ -614,182 +609,5 @@ fn item_has(item: &Item, name: &str) -> bool {
                 && !matches!(&item.data, Data::List(items) if items.is_empty())
         }),
         _ => false,
-    }
-}
-
-/// Capabilities of Tailscale's own that a policy may grant.
-const TAILSCALE_CAPABILITIES: [&str; 6] = ["drive", "kubernetes", "relay", "secrets", "tsidp", "webui"];
-
-fn capability_name(name: &str) -> Option<Wrong> {
-    let form = || {
-        let help = "such as example.com/cap/editor".to_owned();
-        Some((format!("{name:?}: capability name must have the form {{domain}}/{{path}}"), Some(help)))
-    };
-    match name.split_once('/') {
-        Some((domain, path)) if !domain.is_empty() && !path.is_empty() && !domain.contains(':') => {
-            let own = path.strip_prefix("cap/").is_some_and(|cap| TAILSCALE_CAPABILITIES.contains(&cap));
-            (domain == "tailscale.com" && !own).then(|| {
-                let known = TAILSCALE_CAPABILITIES.join(", ");
-                (
-                    format!("{name:?}: capability name must not be in the tailscale.com domain"),
-                    Some(format!("except for tailscale.com/cap/ with {known}")),
-                )
-            })
-        }
-        _ => form(),
-    }
-}
-
-/// `*`, `443`, `tcp:443`, `udp:*`, `icmp:*`.
-fn grant_ports(text: &str) -> Result<(Option<u8>, Vec<PortRange>), Wrong> {
-    let Some((protocol, ports)) = text.split_once(':') else {
-        if text == "*" || text.starts_with(|c: char| c.is_ascii_digit()) {
-            return Ok((None, selector::ports(text)?));
-        }
-        // A protocol's name alone is all of it.
-        return Ok((Some(selector::protocol(text)?), vec![selector::ALL_PORTS]));
-    };
-    if ports.contains(':') {
-        return Err((format!("{text:?}: expected only one colon between protocol and ports"), None));
-    }
-    if protocol == "*" {
-        let help = "write the ports alone for the usual protocols".to_owned();
-        return Err((format!("{text:?}: protocol \"*\" is not known"), Some(help)));
-    }
-    let protocol = selector::protocol(protocol)?;
-    let ports = selector::ports(ports)?;
-    if !selector::has_ports(protocol) && ports != [selector::ALL_PORTS] {
-        let name = selector::show_protocol(protocol);
-        return Err((format!("{text:?}: protocol {name} does not support specific ports"), None));
-    }
-    Ok((Some(protocol), ports))
-}
-
-/// A duration such as `12h`, `1h30m`, `45s`; or `always`.
-fn check_period(text: &str) -> Result<u64, Wrong> {
-    if text == "always" {
-        return Ok(0);
-    }
-    let (negative, rest) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
-    let invalid = || {
-        let help = "such as 12h, 1h30m or always".to_owned();
-        (format!("{text:?} is an invalid duration"), Some(help))
-    };
-    let mut seconds = 0.0;
-    let mut left = rest;
-    if left.is_empty() {
-        return Err(invalid());
-    }
-    while !left.is_empty() {
-        let end = left.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(invalid)?;
-        let number: f64 = left[..end].parse().map_err(|_| invalid())?;
-        let unit_end = left[end..].find(|c: char| c.is_ascii_digit()).map_or(left.len(), |at| at + end);
-        seconds += number
-            * match &left[end..unit_end] {
-                "h" => 3600.0,
-                "m" => 60.0,
-                "s" => 1.0,
-                "ms" => 1e-3,
-                "us" | "µs" => 1e-6,
-                "ns" => 1e-9,
-                _ => return Err(invalid()),
-            };
-        left = &left[unit_end..];
-    }
-    if negative || seconds < 1.0 {
-        return Err((format!("checkPeriod {text} must be a positive duration"), None));
-    }
-    if seconds > LONGEST_CHECK as f64 {
-        return Err((format!("checkPeriod {text} is above the max (168h)"), None));
-    }
-    Ok(seconds as u64)
-}
-
-fn login(text: &str) -> Result<Login, Wrong> {
-    match text {
-        "autogroup:nonroot" => return Ok(Login::NonRoot),
-        "" | "*" => {
-            let help = "autogroup:nonroot is everybody but root".to_owned();
-            return Err((format!("user {text:?} is not valid"), Some(help)));
-        }
-        _ => {}
-    }
-    match text.strip_prefix("localpart:*@") {
-        Some(domain) if !domain.is_empty() => Ok(Login::LocalPart(domain.to_owned())),
-        _ => Ok(Login::Name(text.to_owned())),
-    }
-}
-
-/// A pool of addresses for nodes: inside the range that meshes use, and clear of what is reserved in it.
-fn pool(text: &str) -> Result<IpNet, Wrong> {
-    let net: IpNet = text
-        .parse()
-        .map_err(|_| (format!("{text:?} is an invalid network"), Some("such as 100.81.0.0/16".to_owned())))?;
-    let mesh: IpNet = "100.64.0.0/10".parse().map_err(|_| (String::new(), None))?;
-    if !mesh.contains(&net) {
-        return Err((format!("ipPool {text} must be within 100.64.0.0/10"), None));
-    }
-    for reserved in ["100.100.0.0/24", "100.100.100.0/24", "100.115.92.0/23"] {
-        if let Ok(reserved) = reserved.parse::<IpNet>()
-            && (reserved.contains(&net) || net.contains(&reserved))
-        {
-            return Err((format!("ipPool {text} must not overlap the reserved range {reserved}"), None));
-        }
-    }
-    Ok(net)
-}
-
-/// `group:guest -> tag:prod:*`, with a protocol before the arrow's end if it likes: `* -> udp resolver:53`.
-pub(crate) fn property(text: &str) -> Result<Property, Wrong> {
-    let shape = || {
-        let help = "such as \"group:guest -> tag:prod:*\" or \"* -> udp resolver:53\"".to_owned();
-        (format!("{text:?} is no property"), Some(help))
-    };
-    let (from, to) = text.split_once("->").ok_or_else(shape)?;
-    let mut words = to.split_whitespace();
-    let (protocol, target) = match (words.next(), words.next(), words.next()) {
-        (Some(target), None, None) => (None, target),
-        (Some(protocol), Some(target), None) => (Some(selector::protocol(protocol)?), target),
-        _ => return Err(shape()),
-    };
-    let from = Selector::parse(from.trim())?;
-    if matches!(from, Selector::Own | Selector::Internet) {
-        return Err((format!("{from} cannot be the source of a property"), None));
-    }
-    let (to, ports) = selector::with_ports(target)?;
-    Ok(Property { from, protocol, to: Target { to, ports } })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_read_as_go_writes_them() {
-        assert_eq!(check_period("1h30m"), Ok(5400));
-        assert_eq!(check_period("168h"), Ok(LONGEST_CHECK));
-        assert_eq!(check_period("always"), Ok(0));
-        for text in ["168h0m1s", "abc", "-1m", "", "12", "0s", "1d"] {
-            assert!(check_period(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn grants_name_protocols_and_ports() {
-        assert_eq!(grant_ports("*"), Ok((None, vec![selector::ALL_PORTS])));
-        assert_eq!(grant_ports("tcp:80-443").unwrap().0, Some(6));
-        assert_eq!(grant_ports("icmp:*").unwrap().0, Some(1));
-        for text in ["tcp:0", "icmp:5", "*:80", "tcp:1:2", "abc", ""] {
-            assert!(grant_ports(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn properties_have_an_arrow() {
-        let property = property("* -> udp resolver:53").unwrap();
-        assert_eq!((property.from, property.protocol), (Selector::Any, Some(17)));
-        for text in ["a:1", "* -> ", "* -> a b c:1", "autogroup:self -> a:1", "* -> host"] {
-            assert!(super::property(text).is_err(), "{text}");
-        }
     }
 }
