@@ -9,6 +9,11 @@
 let
   cfg = config.services.lacis.client;
   inStore = path: path != null && lib.hasPrefix builtins.storeDir path;
+  prefix = lib.types.strMatching "([0-9.]+|[0-9a-fA-F:]+)/[0-9]+";
+  advertises = cfg.advertiseRoutes != [ ] || cfg.advertiseExitNode;
+  uses = cfg.acceptRoutes || cfg.exitNode != null;
+  routes = cfg.routing == "server" || cfg.routing == "both";
+  isRouted = cfg.routing == "client" || cfg.routing == "both";
 in
 {
   options.services.lacis.client = {
@@ -101,6 +106,99 @@ in
       example = false;
       description = "Whether names of the mesh resolve on this machine.";
     };
+
+    acceptRoutes = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      example = true;
+      description = "Whether to use the routes of subnet routers.";
+    };
+
+    advertiseRoutes = lib.mkOption {
+      type = lib.types.listOf prefix;
+      default = [ ];
+      example = [ "192.168.1.0/24" ];
+      description = "Networks that this machine routes for the mesh, once the coordinator approves.";
+    };
+
+    advertiseExitNode = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      example = true;
+      description = "Whether to offer to be an exit node: others may send everything through this machine.";
+    };
+
+    exitNode = lib.mkOption {
+      type = lib.types.nullOr lib.types.nonEmptyStr;
+      default = null;
+      example = "gate";
+      description = ''
+        Node through which everything is sent, by name or address. While it cannot be reached, nothing leaves this machine.
+      '';
+    };
+
+    exitNodeAllowLanAccess = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      example = true;
+      description = "Whether the networks this machine is connected to are reached directly while an exit node is used.";
+    };
+
+    snatSubnetRoutes = lib.mkOption {
+      type = lib.types.bool;
+      default = true;
+      example = false;
+      description = ''
+        Whether networks that this machine routes see its own address instead of the senders'. Without it they need routes back
+        to the mesh.
+      '';
+    };
+
+    statefulFiltering = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      example = true;
+      description = "Whether networks that this machine routes may only answer the mesh, and begin nothing.";
+    };
+
+    netfilterMode = lib.mkOption {
+      type = lib.types.enum [
+        "on"
+        "nodivert"
+        "off"
+      ];
+      default = "on";
+      example = "off";
+      description = ''
+        How far the host's firewall is the client's business: it fills tables of its own and leads packets there (`on`), fills them
+        only (`nodivert`), or does nothing (`off`).
+      '';
+    };
+
+    routing = lib.mkOption {
+      type = lib.types.enum [
+        "none"
+        "client"
+        "server"
+        "both"
+      ];
+      default =
+        if advertises && uses then
+          "both"
+        else if advertises then
+          "server"
+        else if uses then
+          "client"
+        else
+          "none";
+      defaultText = lib.literalMD "what the other options need";
+      example = "server";
+      description = ''
+        What the kernel is prepared for: to forward packets (`server`, for subnet routers and exit nodes), to use routes of others in
+        spite of strict reverse-path filters (`client`), or `both`. With forwarding, Linux learns no IPv6 routes from router
+        advertisements any more, unless `net.ipv6.conf.<uplink>.accept_ra` is 2.
+      '';
+    };
   };
 
   config = lib.mkIf cfg.enable {
@@ -113,10 +211,30 @@ in
         assertion = !inStore cfg.authKeyFile;
         message = "services.lacis.client.authKeyFile is in the world-readable Nix store: give a path outside it.";
       }
+      {
+        assertion = (advertises || uses) -> cfg.loginServer != null;
+        message = "services.lacis.client: routes and exit nodes are set when the machine signs in; set loginServer and authKeyFile too, or use `lacis set` and the option routing.";
+      }
+      {
+        assertion = !(cfg.advertiseExitNode && cfg.exitNode != null);
+        message = "services.lacis.client: a node cannot use an exit node (exitNode) and be one (advertiseExitNode).";
+      }
+      {
+        assertion = cfg.exitNodeAllowLanAccess -> cfg.exitNode != null;
+        message = "services.lacis.client.exitNodeAllowLanAccess is of use only with exitNode.";
+      }
     ];
 
     environment.systemPackages = [ cfg.package ];
     boot.kernelModules = [ "tun" ];
+    boot.kernel.sysctl = lib.mkMerge [
+      (lib.mkIf routes {
+        # Before the defaults of NixOS, behind what the administrator says.
+        "net.ipv4.conf.all.forwarding" = lib.mkOverride 97 true;
+        "net.ipv6.conf.all.forwarding" = lib.mkOverride 97 true;
+      })
+      (lib.mkIf isRouted { "net.ipv4.conf.all.src_valid_mark" = lib.mkDefault 1; })
+    ];
 
     # The unit comes with the package; only what depends on the options is added here.
     systemd.packages = [ cfg.package ];
@@ -177,6 +295,14 @@ in
                 "--login-server"
                 cfg.loginServer
                 "--accept-dns=${lib.boolToString cfg.acceptDns}"
+                "--accept-routes=${lib.boolToString cfg.acceptRoutes}"
+                "--advertise-routes=${lib.concatStringsSep "," cfg.advertiseRoutes}"
+                "--advertise-exit-node=${lib.boolToString cfg.advertiseExitNode}"
+                "--exit-node=${lib.optionalString (cfg.exitNode != null) cfg.exitNode}"
+                "--exit-node-allow-lan-access=${lib.boolToString cfg.exitNodeAllowLanAccess}"
+                "--snat-subnet-routes=${lib.boolToString cfg.snatSubnetRoutes}"
+                "--stateful-filtering=${lib.boolToString cfg.statefulFiltering}"
+                "--netfilter-mode=${cfg.netfilterMode}"
                 "--timeout"
                 "30s"
               ]
@@ -194,6 +320,11 @@ in
     networking.firewall = {
       allowedUDPPorts = lib.mkIf (cfg.openFirewall && cfg.port != 0) [ cfg.port ];
       trustedInterfaces = lib.mkIf cfg.trustInterface [ cfg.interface ];
+      # What one table accepts another may still drop: the mesh's own rules decide who forwards what.
+      extraForwardRules = lib.mkIf (routes && config.networking.firewall.filterForward) ''
+        iifname "${cfg.interface}" accept
+        oifname "${cfg.interface}" accept
+      '';
     };
 
     # Nobody else configures the interface.

@@ -42,6 +42,9 @@ enum Command {
     Ip(node::ip::Ip),
     /// Ping a peer through the mesh, and say which way it is reached
     Ping(node::ping::Ping),
+    /// Nodes that everything can be sent through
+    #[command(subcommand)]
+    ExitNode(node::exit_node::ExitNode),
     /// Show how this host is connected to the internet
     Netcheck(node::netcheck::Netcheck),
     /// Show which node and user an address belongs to
@@ -92,6 +95,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Status(status) => status.run(&daemon).await,
         Command::Ip(ip) => ip.run(&daemon).await,
         Command::Ping(ping) => ping.run(&daemon).await,
+        Command::ExitNode(exit_node) => exit_node.run(&daemon).await,
         Command::Netcheck(netcheck) => netcheck.run(&daemon).await,
         Command::Whois(whois) => whois.run(&daemon).await,
         Command::Version(version) => version.run(&daemon).await,

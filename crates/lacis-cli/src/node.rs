@@ -1,6 +1,7 @@
 //! Commands of the node this runs on: each asks `lacisd` over the local API.
 
 pub(crate) mod down;
+pub(crate) mod exit_node;
 pub(crate) mod ip;
 pub(crate) mod netcheck;
 pub(crate) mod ping;

@@ -177,7 +177,7 @@ impl Host {
             let (v4, v6) = (wish.routes(false), wish.routes(true));
             missing.extend(forwarding::switched_off(v4, v6, forwarding::read_sysctl));
             let drops = self.firewall.forward_drops().await;
-            missing.extend(forwarding::dropped(wish, &self.device, drops));
+            missing.extend(forwarding::dropped(&self.device, v4, v6, drops));
             if wish.mode != Mode::Off && wish.masquerade && v6 && !self.firewall.has_nat6() {
                 missing.push(
                     "this kernel does not masquerade IPv6: networks that are routed need a way back to the mesh's addresses"

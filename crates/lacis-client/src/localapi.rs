@@ -141,8 +141,8 @@ impl Socket {
     }
 
     /// Serves until told to stop.
-    pub(crate) async fn serve(self, engine: EngineHandle, stop: CancellationToken) {
-        let service = router(engine, stop.clone()).into_make_service_with_connect_info::<Peer>();
+    pub(crate) async fn serve(self, engine: EngineHandle, device: String, stop: CancellationToken) {
+        let service = router(engine, device, stop.clone()).into_make_service_with_connect_info::<Peer>();
         // Removed when this ends, also when it is aborted.
         let _file = self.file;
         let door = Door { listener: self.listener, places: Arc::new(Semaphore::new(CONNECTIONS)) };
@@ -156,11 +156,13 @@ impl Socket {
 #[derive(Clone, Debug)]
 struct Api {
     engine: EngineHandle,
+    /// The mesh's device.
+    device: String,
     stop: CancellationToken,
 }
 
-fn router(engine: EngineHandle, stop: CancellationToken) -> Router {
-    let api = Api { engine, stop };
+fn router(engine: EngineHandle, device: String, stop: CancellationToken) -> Router {
+    let api = Api { engine, device, stop };
     let stock = Router::new()
         .route("/status", get(handlers::status))
         .route("/prefs", get(handlers::prefs).patch(handlers::edit_prefs))

@@ -103,7 +103,7 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         host_news,
         links,
     };
-    let api = tokio::spawn(socket.serve(handle, stop.clone()));
+    let api = tokio::spawn(socket.serve(handle, options.tun.clone(), stop.clone()));
     tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
     ready();
     let ended = engine.run(inputs, stop.clone()).await;

@@ -98,7 +98,7 @@ pub struct Prefs {
     pub exit_node_ip: String,
     /// Ours: a name given before the network's map was there to look it up in. Like the address, it becomes the
     /// stable id as soon as a peer has it.
-    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(deserialize_with = "nullable")]
     pub exit_node_name: String,
     #[serde(rename = "ExitNodeAllowLANAccess")]
     pub exit_node_allow_lan_access: bool,

@@ -1,10 +1,12 @@
 //! The flags behind which preferences are: what each changes, and how each is written.
 
+use std::net::IpAddr;
+
 use anyhow::{Context as _, bail};
 use ipnet::IpNet;
-use lacis_wire::local::{MaskedPrefs, Prefs, Status, netfilter_mode};
+use lacis_wire::local::{ForwardingCheck, MaskedPrefs, Prefs, Status, netfilter_mode};
 
-use super::meant;
+use super::{Daemon, meant};
 
 const DEFAULT_ROUTES: [&str; 2] = ["0.0.0.0/0", "::/0"];
 
@@ -181,9 +183,34 @@ impl PrefFlags {
                 change.set("AdvertiseRoutes", routes.iter().map(ToString::to_string).collect::<Vec<_>>());
         }
         if let Some(exit) = &self.exit_node {
-            change = change.set("ExitNodeID", "").set("ExitNodeIP", exit_address(exit, status)?);
+            let chosen = Exit::find(exit, status)?;
+            let is = |field| if chosen.field == field { chosen.value.as_str() } else { "" };
+            for field in ["ExitNodeID", "ExitNodeIP", "ExitNodeName"] {
+                change = change.set(field, is(field));
+            }
+        }
+        let keeps_exit = !exit_of(prefs).is_empty();
+        let has_exit = self.exit_node.as_ref().map_or(keeps_exit, |exit| !exit.is_empty());
+        if self.exit_node_allow_lan_access == Some(true) && !has_exit {
+            bail!("--exit-node-allow-lan-access is of use only with --exit-node");
         }
         Ok(change)
+    }
+
+    /// Says what this host lacks to do what was asked for.
+    pub(crate) async fn warn(&self, daemon: &Daemon) {
+        if self.advertise_routes.is_none() && self.advertise_exit_node.is_none() {
+            return;
+        }
+        let Ok(prefs) = daemon.prefs().await else { return };
+        if prefs.advertise_routes.is_empty() {
+            return;
+        }
+        let v6 = prefs.advertise_routes.iter().any(|net| net.addr().is_ipv6());
+        let checked: Result<ForwardingCheck, _> = daemon.get(&format!("check-ip-forwarding?ipv6={v6}")).await;
+        for line in checked.iter().flat_map(|check| check.warning.lines()) {
+            eprintln!("Warning: {line}");
+        }
     }
 
     /// `up` with some flags must name all settings that differ from their defaults, or they would be lost without
@@ -215,8 +242,8 @@ fn settings(prefs: &Prefs) -> Vec<(&'static str, String)> {
     flag("advertise-routes", !subnets.is_empty(), subnets.clone());
     flag("advertise-exit-node", is_exit(prefs), "true".to_owned());
     flag("advertise-tags", !prefs.advertise_tags.is_empty(), prefs.advertise_tags.join(","));
-    let exit = if prefs.exit_node_ip.is_empty() { &prefs.exit_node_id } else { &prefs.exit_node_ip };
-    flag("exit-node", !exit.is_empty(), exit.clone());
+    let exit = exit_of(prefs);
+    flag("exit-node", !exit.is_empty(), exit.to_owned());
     flag("exit-node-allow-lan-access", prefs.exit_node_allow_lan_access, "true".to_owned());
     let own_user = std::env::var("USER").is_ok_and(|user| user == prefs.operator_user);
     flag("operator", !prefs.operator_user.is_empty() && !own_user, prefs.operator_user.clone());
@@ -227,32 +254,50 @@ fn settings(prefs: &Prefs) -> Vec<(&'static str, String)> {
     flags
 }
 
-fn exit_address(text: &str, status: &Status) -> anyhow::Result<String> {
-    if text.is_empty() {
-        return Ok(String::new());
-    }
-    let Some((node, own)) = meant(status, text) else {
-        // Before this node has joined, nobody knows the addresses.
-        if status.peer.is_none() && text.parse::<std::net::IpAddr>().is_ok() {
-            return Ok(text.to_owned());
+/// The exit node in the preferences, however it is named there.
+fn exit_of(prefs: &Prefs) -> &str {
+    let named = [&prefs.exit_node_id, &prefs.exit_node_ip, &prefs.exit_node_name];
+    named.into_iter().find(|text| !text.is_empty()).map_or("", String::as_str)
+}
+
+/// An exit node as the preferences name it.
+#[derive(Debug, PartialEq, Eq)]
+struct Exit {
+    field: &'static str,
+    value: String,
+}
+
+impl Exit {
+    fn find(text: &str, status: &Status) -> anyhow::Result<Self> {
+        let exit = |field, value: &str| Ok(Self { field, value: value.to_owned() });
+        let Some(peers) = status.peer.as_ref().filter(|_| !text.is_empty()) else {
+            // Before this node has joined, nobody knows who is meant: lacisd looks it up as soon as it can.
+            let is_address = text.is_empty() || text.parse::<IpAddr>().is_ok();
+            return exit(if is_address { "ExitNodeIP" } else { "ExitNodeName" }, text);
+        };
+        let by_id = peers.values().find(|node| node.id == text).map(|node| (node, false));
+        let Some((node, own)) = by_id.or_else(|| meant(status, text)) else {
+            bail!("no peer is called {text:?}: see `lacis exit-node list`")
+        };
+        if own {
+            bail!("this node cannot be its own exit node");
         }
-        bail!("no peer is called {text:?}: see `lacis status`")
-    };
-    if own {
-        bail!("this node cannot be its own exit node");
-    }
-    if !node.exit_node_option {
-        bail!("{text} does not offer to be an exit node");
-    }
-    match node.tailscale_ips.first() {
-        Some(ip) => Ok(ip.to_string()),
-        None => bail!("{text} has no address"),
+        if !node.exit_node_option {
+            bail!("{text} does not offer to be an exit node, or is not approved as one");
+        }
+        match node.tailscale_ips.first() {
+            _ if !node.id.is_empty() => exit("ExitNodeID", &node.id),
+            Some(ip) => exit("ExitNodeIP", &ip.to_string()),
+            None => bail!("{text} has no address"),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lacis_wire::key::NodeKey;
+    use lacis_wire::local::PeerStatus;
 
     #[test]
     fn settings_that_are_not_mentioned_are_listed_as_flags() {
@@ -284,6 +329,46 @@ mod tests {
         assert!(changed.no_snat);
         assert_eq!(changed.advertise_tags, ["tag:web", "tag:db"]);
         assert!(changed.corp_dns);
+    }
+
+    #[test]
+    fn an_exit_node_is_found_by_name_address_or_id_and_kept_for_later_before_joining() {
+        let find =
+            |text: &str, status: &Status| Exit::find(text, status).map(|exit| (exit.field, exit.value));
+        let new = Status::default();
+        assert_eq!(find("100.64.0.2", &new).unwrap(), ("ExitNodeIP", "100.64.0.2".into()));
+        assert_eq!(find("gate", &new).unwrap(), ("ExitNodeName", "gate".into()));
+        assert_eq!(find("", &new).unwrap().1, "");
+        let peer = |id: &str, name: &str, last: u8, offers: bool| PeerStatus {
+            id: id.into(),
+            dns_name: format!("{name}.lab.example."),
+            tailscale_ips: vec![[100, 64, 0, last].into()],
+            exit_node_option: offers,
+            ..PeerStatus::default()
+        };
+        let peers = [peer("n2", "gate", 2, true), peer("n3", "plain", 3, false)];
+        let peers = peers.map(|peer| (NodeKey::from_bytes([peer.id.as_bytes()[1]; 32]), peer));
+        let status = Status { self_status: peer("n1", "me", 1, true), peer: Some(peers.into()), ..new };
+        for text in ["gate", "gate.lab.example.", "100.64.0.2", "n2"] {
+            assert_eq!(find(text, &status).unwrap(), ("ExitNodeID", "n2".into()), "{text}");
+        }
+        for (text, why) in [("plain", "does not offer"), ("me", "its own"), ("nobody", "no peer is called")] {
+            assert!(find(text, &status).unwrap_err().to_string().contains(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn access_to_the_lan_goes_with_an_exit_node() {
+        let flags = PrefFlags { exit_node_allow_lan_access: Some(true), ..PrefFlags::default() };
+        assert!(flags.change(&Prefs::default(), &Status::default()).is_err());
+        let using = Prefs { exit_node_id: "n2".into(), ..Prefs::default() };
+        assert!(flags.change(&using, &Status::default()).is_ok());
+        let flags = PrefFlags { exit_node: Some("gate".into()), ..flags };
+        let changed = flags.change(&using, &Status::default()).unwrap().apply(&using).unwrap();
+        assert_eq!((changed.exit_node_id.as_str(), changed.exit_node_name.as_str()), ("", "gate"));
+        let none = PrefFlags { exit_node: Some(String::new()), ..PrefFlags::default() };
+        let changed = none.change(&using, &Status::default()).unwrap().apply(&using).unwrap();
+        assert_eq!(exit_of(&changed), "");
     }
 
     #[test]

@@ -25,6 +25,7 @@ impl Set {
         let status = daemon.status(true).await?;
         let prefs = daemon.prefs().await?;
         daemon.edit_prefs(&self.flags.change(&prefs, &status)?).await?;
+        self.flags.warn(daemon).await;
         Ok(())
     }
 }

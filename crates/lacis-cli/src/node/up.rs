@@ -58,7 +58,11 @@ impl Up {
         let status = daemon.status(true).await?;
         let prefs = daemon.prefs().await?;
         let plan = self.plan(&status, &prefs)?;
-        let work = self.carry_out(daemon, plan, auth_key);
+        let work = async {
+            self.carry_out(daemon, plan, auth_key).await?;
+            self.flags.warn(daemon).await;
+            anyhow::Ok(())
+        };
         if self.timeout.is_zero() {
             return Ok(work.await?);
         }
@@ -248,7 +252,9 @@ fn whole_change(prefs: &Prefs) -> anyhow::Result<local::MaskedPrefs> {
     let serde_json::Value::Object(all) = serde_json::to_value(prefs)? else {
         bail!("preferences are no object")
     };
-    Ok(all.into_iter().fold(local::MaskedPrefs::default(), |change, (name, value)| change.set(&name, value)))
+    // Those that are left out while they are empty are changed as well.
+    let empty = local::MaskedPrefs::default().set("OperatorUser", "").set("ProfileName", "");
+    Ok(all.into_iter().fold(empty, |change, (name, value)| change.set(&name, value)))
 }
 
 /// An auth key from a file, from standard input, or as it is (which other users of the host can see).
@@ -329,6 +335,18 @@ mod tests {
         };
         assert!(wish.route_all && wish.hostname.is_empty());
         assert_eq!(wish.control_url, "https://mesh.example");
+    }
+
+    #[test]
+    fn a_whole_change_empties_what_it_does_not_have() {
+        let before = Prefs {
+            operator_user: "alice".into(),
+            exit_node_name: "gate".into(),
+            hostname: "bob".into(),
+            ..Prefs::default()
+        };
+        let wish = Prefs { hostname: "robert".into(), ..Prefs::default() };
+        assert_eq!(whole_change(&wish).unwrap().apply(&before).unwrap(), wish);
     }
 
     #[test]

@@ -79,6 +79,21 @@ pub(super) fn check_prefs(prefs: &Prefs) -> Result<(), String> {
     Ok(())
 }
 
+/// Whoever names an exit node in one way takes back what was said in the others, also if he does not know of them.
+fn one_exit_node(change: &MaskedPrefs, prefs: &mut Prefs) {
+    let names = |field: &str| change.0.get(&format!("{field}Set")) == Some(&serde_json::Value::Bool(true));
+    let (id, ip, name) = (names("ExitNodeID"), names("ExitNodeIP"), names("ExitNodeName"));
+    if !id && (ip || name) {
+        prefs.exit_node_id.clear();
+    }
+    if !ip && (id || name) {
+        prefs.exit_node_ip.clear();
+    }
+    if !name && (id || ip) {
+        prefs.exit_node_name.clear();
+    }
+}
+
 fn is_hostname(name: &str) -> bool {
     let label = |label: &str| {
         !label.is_empty()
@@ -130,7 +145,8 @@ impl Engine {
     }
 
     pub(super) fn edit_prefs(&mut self, change: &MaskedPrefs) -> Result<Prefs, String> {
-        let prefs = change.apply(&self.saved.prefs).map_err(|error| error.to_string())?;
+        let mut prefs = change.apply(&self.saved.prefs).map_err(|error| error.to_string())?;
+        one_exit_node(change, &mut prefs);
         check_prefs(&prefs)?;
         if prefs.control_url != self.saved.prefs.control_url && self.saved.is_logged_in() {
             return Err("log out before going to another --login-server, or use --force-reauth".to_owned());
@@ -457,6 +473,22 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_exit_node_named_in_one_way_ends_the_others() {
+        let before = Prefs { exit_node_id: "n2".into(), exit_node_name: "gate".into(), ..Prefs::default() };
+        let after = |field: &str, value: &str| {
+            let change = MaskedPrefs::default().set(field, value);
+            let mut prefs = change.apply(&before).unwrap();
+            one_exit_node(&change, &mut prefs);
+            (prefs.exit_node_id, prefs.exit_node_ip, prefs.exit_node_name)
+        };
+        let all = |id: &str, ip: &str, name: &str| (id.to_owned(), ip.to_owned(), name.to_owned());
+        assert_eq!(after("ExitNodeIP", "100.64.0.9"), all("", "100.64.0.9", ""));
+        assert_eq!(after("ExitNodeID", "n9"), all("n9", "", ""));
+        assert_eq!(after("ExitNodeName", "door"), all("", "", "door"));
+        assert_eq!(after("Hostname", "x"), all("n2", "", "gate"));
+    }
 
     fn refusal(change: impl FnOnce(&mut Prefs)) -> String {
         let mut prefs = Prefs::default();

@@ -1,8 +1,7 @@
 //! What this host lacks to route for others or to use routes of others, in words: the daemon does not change how a
 //! host forwards and filters, it says what to do.
 
-use super::firewall::Firewall;
-use super::nft::ForwardDrop;
+use super::nft::{ForwardDrop, forward_drops};
 
 const KEEP: &str = "and a line in /etc/sysctl.d to keep it";
 
@@ -28,12 +27,19 @@ pub(crate) fn switched_off(v4: bool, v6: bool, read: impl Fn(&str) -> Option<Str
         .collect()
 }
 
+/// All that keeps this host from forwarding between `device` and its networks, of the families asked for.
+pub(crate) async fn obstacles(device: &str, v4: bool, v6: bool) -> Vec<String> {
+    let mut found = switched_off(v4, v6, read_sysctl);
+    found.extend(dropped(device, v4, v6, &forward_drops(device).await));
+    found
+}
+
 /// Chains of the host's own firewall in which what is forwarded ends.
-pub(super) fn dropped(wish: &Firewall, device: &str, drops: &[ForwardDrop]) -> Vec<String> {
+pub(super) fn dropped(device: &str, v4: bool, v6: bool, drops: &[ForwardDrop]) -> Vec<String> {
     let concerns = |drop: &&ForwardDrop| match drop.family.as_str() {
-        "ip" => wish.routes(false),
-        "ip6" => wish.routes(true),
-        _ => true,
+        "ip" => v4,
+        "ip6" => v6,
+        _ => v4 || v6,
     };
     drops
         .iter()
@@ -120,14 +126,13 @@ mod tests {
 
     #[test]
     fn a_chain_that_drops_concerns_the_families_that_are_routed() {
-        let wish = Firewall { routed: vec!["10.0.0.0/8".parse().unwrap()], ..Firewall::default() };
         let drop = |family: &str| ForwardDrop {
             family: family.into(),
             table: "filter".into(),
             name: "FORWARD".into(),
             ..ForwardDrop::default()
         };
-        let said = dropped(&wish, "lacis0", &[drop("ip"), drop("ip6"), drop("inet")]);
+        let said = dropped("lacis0", true, false, &[drop("ip"), drop("ip6"), drop("inet")]);
         assert_eq!(said.len(), 2);
         assert!(said[0].contains("nft insert rule ip filter FORWARD iifname lacis0 accept"), "{said:?}");
     }

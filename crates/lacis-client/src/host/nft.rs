@@ -158,20 +158,11 @@ impl Nft {
         }
     }
 
-    /// Base chains that drop what is forwarded, such as `ip filter FORWARD`, of tables without a word about our device.
+    /// [`forward_drops`], looked for only when something has changed.
     pub(super) async fn forward_drops(&mut self) -> &[ForwardDrop] {
         let now = generation();
         if now.is_none() || now != self.drops.0 {
-            let mut drops = Vec::new();
-            let chains = run(&["-j", "list", "chains"], "").await.unwrap_or_default();
-            for found in forward_drops(&chains) {
-                let rules =
-                    run(&["list", "table", &found.family, &found.table], "").await.unwrap_or_default();
-                if !rules.contains(&format!("\"{}\"", self.device)) {
-                    drops.push(found);
-                }
-            }
-            self.drops = (now, drops);
+            self.drops = (now, forward_drops(&self.device).await);
         }
         &self.drops.1
     }
@@ -189,7 +180,20 @@ pub(super) struct ForwardDrop {
     pub(super) policy: String,
 }
 
-fn forward_drops(json: &str) -> Vec<ForwardDrop> {
+/// Base chains that drop what is forwarded, such as `ip filter FORWARD`, of tables without a word about the device.
+pub(super) async fn forward_drops(device: &str) -> Vec<ForwardDrop> {
+    let chains = run(&["-j", "list", "chains"], "").await.unwrap_or_default();
+    let mut drops = Vec::new();
+    for found in dropping_chains(&chains) {
+        let rules = run(&["list", "table", &found.family, &found.table], "").await.unwrap_or_default();
+        if !rules.contains(&format!("\"{device}\"")) {
+            drops.push(found);
+        }
+    }
+    drops
+}
+
+fn dropping_chains(json: &str) -> Vec<ForwardDrop> {
     #[derive(Deserialize)]
     struct Listing {
         nftables: Vec<Item>,
@@ -302,10 +306,10 @@ mod tests {
             {"chain": {"family": "inet", "table": "mine", "name": "x", "hook": "forward", "policy": "accept"}},
             {"chain": {"family": "bridge", "table": "mine", "name": "x", "hook": "forward", "policy": "drop"}},
             {"chain": {"family": "inet", "table": "mine", "name": "plain"}}]}"#;
-        let found = forward_drops(json);
+        let found = dropping_chains(json);
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].family.as_str(), found[0].name.as_str()), ("ip", "FORWARD"));
-        assert!(forward_drops("no json").is_empty());
+        assert!(dropping_chains("no json").is_empty());
     }
 
     #[test]

@@ -228,10 +228,19 @@ pub(super) struct ForwardingQuery {
     ipv6: Option<String>,
 }
 
-/// Subnet routers and exit nodes need it; the daemon does not switch it on by itself.
-pub(super) async fn check_ip_forwarding(Query(query): Query<ForwardingQuery>) -> Response {
+/// Subnet routers and exit nodes need it; the daemon does not switch it on by itself. Whoever may change nothing is
+/// told nothing of the firewall.
+pub(super) async fn check_ip_forwarding(
+    State(api): State<Api>,
+    Extension(may): Extension<MayWrite>,
+    Query(query): Query<ForwardingQuery>,
+) -> Response {
     let ipv6 = query.ipv6.as_deref() != Some("false");
-    let missing = forwarding::switched_off(true, ipv6, forwarding::read_sysctl);
+    let missing = if may.0 {
+        forwarding::obstacles(&api.device, true, ipv6).await
+    } else {
+        forwarding::switched_off(true, ipv6, forwarding::read_sysctl)
+    };
     Json(ForwardingCheck { warning: missing.join("\n") }).into_response()
 }
 
