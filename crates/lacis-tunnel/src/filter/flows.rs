@@ -13,8 +13,9 @@ use crate::packet::{Parsed, protocol};
 
 /// How many flows of this host are remembered; there is no time limit.
 const ASKED: NonZeroUsize = NonZeroUsize::new(512).expect("not zero");
-/// Flows of peers that are remembered; a newer one takes the place of an older one now and then.
-const ADMITTED: usize = 2048;
+/// Flows of peers that are remembered: places for so many, and so many in a place. The older one makes room.
+const ADMITTED: usize = 1024;
+const WAYS: usize = 2;
 /// Fragmented packets whose later fragments may come.
 const FRAGMENTED: usize = 256;
 /// A flow that the rules do not allow any more is the peer's for so long after its last packet: what the host still
@@ -73,7 +74,8 @@ fn place(src: IpAddr, dst: IpAddr, more: u64, size: usize) -> usize {
     for part in [fold(src), fold(dst)] {
         hash = (hash.rotate_left(23) ^ part).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
-    (hash >> 32) as usize % size
+    // the high bits are the good ones
+    ((u128::from(hash) * size as u128) >> 64) as usize
 }
 
 /// The protocols whose answers are known by what was asked.
@@ -124,7 +126,7 @@ pub struct Flows {
     /// The flow asked last, so that a stream does not touch the table for every packet.
     asked_last: Option<Flow>,
     answered_last: Option<Flow>,
-    admitted: Box<[Option<Entry>]>,
+    admitted: Box<[[Option<Entry>; WAYS]]>,
     /// The rules that admit now, and how many there have been.
     rules: Option<Arc<Rules>>,
     number: u64,
@@ -137,7 +139,7 @@ impl Default for Flows {
             asked: LruCache::new(ASKED),
             asked_last: None,
             answered_last: None,
-            admitted: vec![None; ADMITTED].into_boxed_slice(),
+            admitted: vec![[None; WAYS]; ADMITTED].into_boxed_slice(),
             rules: None,
             number: 0,
             fragmented: vec![None; FRAGMENTED].into_boxed_slice(),
@@ -155,10 +157,9 @@ impl Flows {
         if self.asked_last == Some(flow) {
             return;
         }
-        let entry = &mut self.admitted[flow.place()];
-        if let Some(known) = entry.filter(|entry| entry.flow == flow) {
-            match known.state {
-                State::Refused(since) if since.elapsed() >= REFUSED => *entry = None,
+        if let Some(entry) = self.entry(flow) {
+            match entry.state {
+                State::Refused(since) if since.elapsed() >= REFUSED => {}
                 _ => return,
             }
         }
@@ -195,24 +196,32 @@ impl Flows {
     /// Whether the rules have let this flow in before.
     pub(super) fn is_admitted(&self, packet: &Parsed) -> bool {
         let flow = Flow::of(packet);
-        self.admitted[flow.place()]
-            .is_some_and(|entry| entry.state == State::Admitted(self.number) && entry.flow == flow)
+        let is_it = |entry: &Entry| entry.state == State::Admitted(self.number) && entry.flow == flow;
+        self.admitted[flow.place()].iter().flatten().any(is_it)
     }
 
     /// The rules let this flow in.
     pub(super) fn admit(&mut self, packet: &Parsed) {
         let flow = Flow::of(packet);
-        self.admitted[flow.place()] = Some(Entry { flow, state: State::Admitted(self.number) });
+        let state = State::Admitted(self.number);
+        if let Some(entry) = self.entry(flow) {
+            entry.state = state;
+            return;
+        }
+        let place = &mut self.admitted[flow.place()];
+        place.rotate_right(1);
+        place[0] = Some(Entry { flow, state });
     }
 
     /// The rules do not let this flow in.
     pub(super) fn refuse(&mut self, packet: &Parsed) {
-        let flow = Flow::of(packet);
-        if let Some(entry) = &mut self.admitted[flow.place()]
-            && entry.flow == flow
-        {
+        if let Some(entry) = self.entry(Flow::of(packet)) {
             entry.state = State::Refused(Instant::now());
         }
+    }
+
+    fn entry(&mut self, flow: Flow) -> Option<&mut Entry> {
+        self.admitted[flow.place()].iter_mut().flatten().find(|entry| entry.flow == flow)
     }
 
     /// A first fragment has passed or not: its others follow it.

@@ -313,6 +313,18 @@ fn a_peers_flow_ends_with_its_rule_and_the_hosts_answers_do_not_keep_it() {
 }
 
 #[test]
+fn flows_that_fall_together_in_memory_are_told_apart() {
+    let filter = Filter::compile(&[rule("*", "*", (53, 53), &[])], &local());
+    let mut flows = Flows::default();
+    assert_eq!(filter.inbound(&udp(PEER, US, (4000, 53)), &mut flows, false), Verdict::Accept);
+    // all places of the table are met
+    for port in 0..=u16::MAX {
+        assert_eq!(filter.inbound(&udp(PEER, US, (port, 54)), &mut flows, false), NO_RULE);
+    }
+    assert!(flows.is_admitted(&udp(PEER, US, (4000, 53))));
+}
+
+#[test]
 fn flows_that_a_router_forwards_are_answered() {
     let networks = [local(), vec!["10.7.0.0/16".parse().unwrap()]].concat();
     let closed = Filter::compile(&[], &networks);

@@ -28,7 +28,7 @@ const V6: [&str; 9] = [
     "ff02::1",
 ];
 const PROTOCOLS: [u8; 13] = [6, 6, 17, 17, 17, 1, 58, 132, 99, 47, 50, 59, 135];
-const PORTS: [u16; 4] = [53, 80, 443, 5000];
+const PORTS: [u16; 5] = [0, 53, 80, 443, 5000];
 
 /// How a packet is made.
 #[derive(Clone, Debug)]
@@ -60,7 +60,7 @@ pub(super) fn shapes() -> impl Strategy<Value = Shape> {
     let transport = (
         select(&PROTOCOLS[..]),
         (select(&PORTS[..]), select(&PORTS[..])),
-        prop_oneof![select(&[0u8, 2, 3, 8, 16, 18, 1, 128, 129][..]), any::<u8>()],
+        prop_oneof![select(&[0u8, 2, 3, 4, 5, 8, 16, 18, 1, 128, 129][..]), any::<u8>()],
         prop_oneof![2 => Just(0), 1 => 0..V4.len()],
         prop_oneof![3 => 90usize..100, 1 => 0usize..100],
     );
