@@ -23,6 +23,7 @@ pub(crate) fn check(body: &Body) -> (Vec<Problem>, Vec<Problem>) {
     check.rules();
     check.ssh();
     check.attributes();
+    check.postures();
     check.owners();
     check.properties();
     (check.problems, check.warnings)
@@ -265,6 +266,20 @@ impl Check<'_> {
                         format!("the attribute {:?} is not honoured: nothing here answers for it", attr.what);
                     self.warnings.push(attr.mark.problem(message, None));
                 }
+            }
+        }
+    }
+
+    fn postures(&mut self) {
+        let body = self.body;
+        let of_rules = body.acls.iter().flatten().flat_map(|acl| &acl.posture);
+        let of_grants = body.grants.iter().flatten().flat_map(|grant| &grant.posture);
+        let of_ssh = body.ssh.iter().flat_map(|rule| &rule.posture);
+        for said in of_rules.chain(of_grants).chain(of_ssh).chain(&body.default_posture) {
+            if !body.postures.contains_key(&said.what) {
+                let near = nearest(&said.what, body.postures.keys().map(String::as_str));
+                let help = near.map(|near| format!("did you mean {near}?"));
+                self.problems.push(said.mark.problem(format!("posture not found: {:?}", said.what), help));
             }
         }
     }

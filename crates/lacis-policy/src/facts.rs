@@ -127,6 +127,9 @@ pub(crate) fn means_node(body: &Body, selector: &Selector, node: &Node, user: Op
         Selector::Tagged => !node.tags.is_empty(),
         Selector::Tag(tag) => node.tags.contains(tag),
         Selector::Own | Selector::Internet | Selector::Shared => false,
+        Selector::Posture(name) => body.postures.get(name).is_some_and(|conditions| {
+            conditions.what.iter().all(|condition| condition.what.holds(&node.posture))
+        }),
         people if people.is_people() => {
             node.tags.is_empty() && user.is_some_and(|user| means_user(body, people, user))
         }

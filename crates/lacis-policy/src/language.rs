@@ -1,5 +1,6 @@
 //! A policy's structure, as types that keep their places in the text; read by [`read`], printed by [`print`].
 
+pub(crate) mod posture;
 pub(crate) mod print;
 pub(crate) mod read;
 pub(crate) mod selector;
@@ -12,6 +13,7 @@ use lacis_wire::control::PortRange;
 use serde_json::Value;
 
 use crate::problem::{Position, Problem};
+use posture::Condition;
 use selector::Selector;
 
 /// Where something was said. All marks are equal: what is said matters, not where.
@@ -51,6 +53,10 @@ pub(crate) struct Body {
     pub(crate) hosts: BTreeMap<String, Said<IpNet>>,
     /// Owners by tag (`tag:NAME`).
     pub(crate) tag_owners: BTreeMap<String, Said<Vec<Said<Selector>>>>,
+    /// Conditions by posture (`posture:NAME`).
+    pub(crate) postures: BTreeMap<String, Said<Vec<Said<Condition>>>>,
+    /// For rules that name no posture themselves.
+    pub(crate) default_posture: Vec<Said<String>>,
     pub(crate) auto_routes: Vec<(Said<IpNet>, Vec<Said<Selector>>)>,
     pub(crate) auto_exit: Vec<Said<Selector>>,
     pub(crate) ssh: Vec<Ssh>,
@@ -69,6 +75,8 @@ pub(crate) struct Acl {
     pub(crate) mark: Mark,
     pub(crate) protocol: Option<u8>,
     pub(crate) src: Vec<Said<Selector>>,
+    /// Sources fulfil one of these, where there are any.
+    pub(crate) posture: Vec<Said<String>>,
     pub(crate) dst: Vec<Said<Target>>,
 }
 
@@ -84,6 +92,8 @@ pub(crate) struct Target {
 pub(crate) struct Grant {
     pub(crate) mark: Mark,
     pub(crate) src: Vec<Said<Selector>>,
+    /// Sources fulfil one of these, where there are any.
+    pub(crate) posture: Vec<Said<String>>,
     pub(crate) dst: Vec<Said<Selector>>,
     /// Protocol (`None`: the usual ones) and ports.
     pub(crate) ip: Vec<Said<(Option<u8>, Vec<PortRange>)>>,
@@ -99,6 +109,8 @@ pub(crate) struct Ssh {
     pub(crate) mark: Mark,
     pub(crate) action: SshAction,
     pub(crate) src: Vec<Said<Selector>>,
+    /// Sources fulfil one of these, where there are any.
+    pub(crate) posture: Vec<Said<String>>,
     pub(crate) dst: Vec<Said<Selector>>,
     pub(crate) users: Vec<Said<Login>>,
     pub(crate) accept_env: Vec<String>,

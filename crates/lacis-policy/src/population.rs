@@ -1,6 +1,6 @@
 //! Who there is: users and nodes, as a policy is applied to them. Comes from a coordinator's state, or from a file.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -77,6 +77,9 @@ pub struct Node {
     /// Networks that it may offer a way to, by hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub approved: Vec<IpNet>,
+    /// What it says of itself, for postures: `node:os`, `node:osVersion`, `node:tsVersion`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub posture: BTreeMap<String, String>,
     /// Is it there? Matters for routers only.
     #[serde(default = "yes")]
     pub online: bool,

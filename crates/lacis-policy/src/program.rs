@@ -27,6 +27,8 @@ pub(crate) struct Destination {
 pub(crate) struct Rule {
     pub(crate) mark: Mark,
     pub(crate) src: Vec<SelectorId>,
+    /// Empty, or sources are in one of these too.
+    pub(crate) posture: Vec<SelectorId>,
     pub(crate) dst: Vec<Destination>,
     /// Empty, or only routers with one of these tags.
     pub(crate) via: Vec<String>,
@@ -51,8 +53,16 @@ pub(crate) struct Program {
     pub(crate) rules: Vec<Rule>,
     /// Targets of each entry of `nodeAttrs`.
     pub(crate) attribute_targets: Vec<Vec<SelectorId>>,
-    /// Sources and destinations of each entry of `ssh`.
-    pub(crate) ssh: Vec<(Vec<SelectorId>, Vec<SelectorId>)>,
+    /// Of each entry of `ssh`.
+    pub(crate) ssh: Vec<SshSides>,
+}
+
+/// Sources, what they fulfil besides, and destinations of an entry of `ssh`.
+#[derive(Clone, Debug)]
+pub(crate) struct SshSides {
+    pub(crate) src: Vec<SelectorId>,
+    pub(crate) posture: Vec<SelectorId>,
+    pub(crate) dst: Vec<SelectorId>,
 }
 
 #[derive(Default)]
@@ -76,10 +86,22 @@ impl Interner {
         list.iter().map(|said| self.id(&said.what)).collect()
     }
 
+    /// A rule's own postures, or else the default ones.
+    fn postures(&mut self, own: &[Said<String>], default: &[Said<String>]) -> Vec<SelectorId> {
+        let list = if own.is_empty() { default } else { own };
+        list.iter().map(|said| self.id(&Selector::Posture(said.what.clone()))).collect()
+    }
+
     /// A rule about network access alone.
-    fn rule(&self, mark: Mark, src: Vec<SelectorId>, dst: Vec<Destination>) -> Rule {
+    fn rule(
+        &self,
+        mark: Mark,
+        src: Vec<SelectorId>,
+        posture: Vec<SelectorId>,
+        dst: Vec<Destination>,
+    ) -> Rule {
         let own = dst.iter().any(|dst| self.selectors[dst.to] == Selector::Own);
-        Rule { mark, src, dst, via: Vec::new(), app: BTreeMap::new(), companions: Vec::new(), own }
+        Rule { mark, src, posture, dst, via: Vec::new(), app: BTreeMap::new(), companions: Vec::new(), own }
     }
 }
 
@@ -94,7 +116,8 @@ impl Program {
                 Destination { to: interner.id(&said.what.to), access }
             });
             let dst = dst.collect();
-            rules.push(interner.rule(acl.mark.clone(), src, dst));
+            let posture = interner.postures(&acl.posture, &body.default_posture);
+            rules.push(interner.rule(acl.mark.clone(), src, posture, dst));
         }
         for grant in body.grants.iter().flatten() {
             let src = interner.all(&grant.src);
@@ -106,7 +129,9 @@ impl Program {
                 grant.app.iter().map(|(name, values)| (name.clone(), values.what.clone())).collect();
             let companions = COMPANIONS.into_iter().filter(|(name, _)| app.contains_key(*name));
             let companions = companions.map(|(_, companion)| companion).collect();
-            rules.push(Rule { via, app, companions, ..interner.rule(grant.mark.clone(), src, dst) });
+            let posture = interner.postures(&grant.posture, &body.default_posture);
+            let rule = interner.rule(grant.mark.clone(), src, posture, dst);
+            rules.push(Rule { via, app, companions, ..rule });
         }
         if body.acls.is_none() && body.grants.is_none() {
             // Whoever says nothing of access restricts none.
@@ -114,10 +139,15 @@ impl Program {
             let dst = vec![Destination { to: everybody, access: [(None, vec![ALL_PORTS])].into() }];
             let at = crate::Position { line: 1, column: 1 };
             let mark = Mark { at, place: "no acls, no grants".to_owned() };
-            rules.push(interner.rule(mark, vec![everybody], dst));
+            rules.push(interner.rule(mark, vec![everybody], Vec::new(), dst));
         }
         let attribute_targets = body.node_attrs.iter().map(|attrs| interner.all(&attrs.target)).collect();
-        let ssh = body.ssh.iter().map(|rule| (interner.all(&rule.src), interner.all(&rule.dst))).collect();
+        let ssh = body.ssh.iter().map(|rule| SshSides {
+            src: interner.all(&rule.src),
+            posture: interner.postures(&rule.posture, &body.default_posture),
+            dst: interner.all(&rule.dst),
+        });
+        let ssh = ssh.collect();
         Self { selectors: interner.selectors, rules, attribute_targets, ssh }
     }
 }

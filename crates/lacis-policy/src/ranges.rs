@@ -216,6 +216,13 @@ impl Bits {
         }
     }
 
+    /// Drops what is not in the other too.
+    pub(crate) fn keep(&mut self, other: &Self) {
+        for (at, word) in self.0.iter_mut().enumerate() {
+            *word &= other.0.get(at).copied().unwrap_or(0);
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.0.iter().all(|word| *word == 0)
     }

@@ -12,6 +12,7 @@ use crate::language::selector::Selector;
 use crate::language::{Login, Ssh, SshAction};
 use crate::network::Network;
 use crate::population::User;
+use crate::program::SshSides;
 use crate::state::State;
 
 /// What happens to a session that a rule matches.
@@ -119,11 +120,16 @@ impl State {
         let Some(facts) = &self.slots[slot] else { return Vec::new() };
         let body = self.policy.body();
         let mut rules = Vec::new();
-        for (rule, (src, dst)) in body.ssh.iter().zip(&self.policy.program().ssh) {
+        for (rule, sides) in body.ssh.iter().zip(&self.policy.program().ssh) {
+            let SshSides { src, posture, dst } = sides;
             let local = rule.users.iter().any(|login| matches!(login.what, Login::LocalPart(_)));
             let mut sources = BTreeSet::new();
             for id in src {
                 sources.extend(self.sets[*id].nodes.iter());
+            }
+            if !posture.is_empty() {
+                let fulfilling = self.fulfilling(posture);
+                sources.retain(|source| fulfilling.has(*source));
             }
             let is_own = |other: &usize| {
                 facts.is_owned()

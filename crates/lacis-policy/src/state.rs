@@ -167,6 +167,14 @@ impl State {
                         }
                     }
                 }
+                (Selector::Posture(_), None) => {
+                    for (slot, facts) in self.slots.iter().enumerate() {
+                        let node = facts.as_ref().map(|facts| &facts.node);
+                        if node.is_some_and(|node| means_node(body, selector, node, None)) {
+                            nodes.set(slot, true);
+                        }
+                    }
+                }
                 (people, None) => {
                     for user in self.users.iter().filter(|user| means_user(body, people, user)) {
                         nodes.add(owned.get(&user.id.0).unwrap_or(&Bits::default()));
@@ -211,14 +219,29 @@ impl State {
         }
     }
 
+    /// The nodes that fulfil one of these postures.
+    pub(crate) fn fulfilling(&self, postures: &[usize]) -> Bits {
+        let mut nodes = Bits::empty(self.slots.len());
+        for id in postures {
+            nodes.add(&self.sets[*id].nodes);
+        }
+        nodes
+    }
+
     fn sides_of(&self, rule: usize) -> Sides {
         let written = self.rule(rule);
         let mut sources = Bits::empty(self.slots.len());
         for id in &written.src {
             sources.add(&self.sets[*id].nodes);
         }
-        let parts: Vec<Ranges> = written.src.iter().map(|id| self.source_ranges(*id)).collect();
-        let ranges = Ranges::union(&parts);
+        let ranges = if written.posture.is_empty() {
+            let parts: Vec<Ranges> = written.src.iter().map(|id| self.source_ranges(*id)).collect();
+            Ranges::union(&parts)
+        } else {
+            // Only nodes fulfil anything, and only for themselves.
+            sources.keep(&self.fulfilling(&written.posture));
+            Ranges::union(sources.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own))
+        };
         let mut from = sources.clone();
         let mut applies = Bits::empty(self.slots.len());
         for (slot, facts) in self.slots.iter().enumerate() {
@@ -376,7 +399,7 @@ impl State {
         let routes_moved = behind(&old) != behind(&facts);
         for rule in 0..self.sides.len() {
             let written = self.rule(rule);
-            let sources_touched = written.src.iter().any(|id| {
+            let sources_touched = written.src.iter().chain(&written.posture).any(|id| {
                 touched[*id] && (moved || self.sets[*id].nodes.has(slot) != next.sets[*id].nodes.has(slot))
                     || (routes_moved && *self.selector(*id) == Selector::Any)
             });
@@ -385,7 +408,8 @@ impl State {
                 continue;
             }
             let sides = &self.sides[rule];
-            let is_source = written.src.iter().any(|id| next.sets[*id].nodes.has(slot));
+            let is_source = written.src.iter().any(|id| next.sets[*id].nodes.has(slot))
+                && (written.posture.is_empty() || next.fulfilling(&written.posture).has(slot));
             let from = is_source || (!behind(&facts).is_empty() && sides.ranges.overlaps(&behind(&facts)));
             let applies = !written.src.is_empty()
                 && facts.as_ref().is_some_and(|facts| next.applies(written, slot, facts));

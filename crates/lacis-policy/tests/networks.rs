@@ -22,6 +22,7 @@ fn node(id: i64, tags: &[&str], routes: &[&str]) -> Node {
         advertised: routes.clone(),
         approved: routes,
         online: true,
+        ..Node::default()
     }
 }
 
@@ -179,7 +180,7 @@ fn what_is_not_honoured_is_said() {
         refused(
             r#"{"acls": [{"action": "accept", "src": ["*"], "srcPosture": ["posture:x"], "dst": ["*:*"]}]}"#
         )
-        .contains("srcPosture")
+        .contains("posture not found")
     );
     assert!(
         refused("{\"grant\": []}")
@@ -190,4 +191,23 @@ fn what_is_not_honoured_is_said() {
     );
     assert_eq!(two.lines().count(), 2, "{two}");
     assert!(two.contains("did you mean group:a?") && two.lines().all(|line| line.starts_with("3:")), "{two}");
+}
+
+#[test]
+fn a_posture_narrows_the_sources() {
+    let policy = "
+tagOwners: {tag:web: []}
+postures: {'posture:linux': ['node:os == linux']}
+acls:
+- {action: accept, src: ['*'], srcPosture: ['posture:linux'], dst: ['tag:web:443']}
+";
+    let os = |id, os: &str| {
+        let posture = [("node:os".to_owned(), os.to_owned())].into();
+        Node { posture, ..node(id, &[], &[]) }
+    };
+    let before = network(policy, vec![os(2, "linux"), node(3, &["tag:web"], &[]), os(4, "windows")]);
+    assert_eq!(before.peers(NodeId(3)).collect::<Vec<_>>(), [NodeId(2)]);
+    let after = before.with_node(os(4, "linux"));
+    assert_eq!(after.difference(&before, NodeId(3)).appeared, [NodeId(4)]);
+    assert_eq!(after.filter(NodeId(3))[0].src_ips.len(), 4);
 }

@@ -45,6 +45,9 @@ pub(crate) fn print(body: &Body) -> Value {
             .collect::<Map<_, _>>()
             .into(),
     );
+    let postures = body.postures.iter().map(|(name, conditions)| (name.clone(), texts(&conditions.what)));
+    put("postures", postures.collect::<Map<_, _>>().into());
+    put("defaultSrcPosture", texts(&body.default_posture));
     let mut auto = Map::new();
     if !body.auto_routes.is_empty() {
         let routes = body.auto_routes.iter().map(|(net, approvers)| (net.what.to_string(), texts(approvers)));
@@ -105,6 +108,7 @@ fn unless_empty(object: &mut Value, name: &str, value: Value) {
 fn acl(acl: &super::Acl) -> Value {
     let dst: Vec<String> = acl.dst.iter().map(|said| target(&said.what)).collect();
     let mut object = json!({"action": "accept", "src": texts(&acl.src), "dst": dst});
+    unless_empty(&mut object, "srcPosture", texts(&acl.posture));
     if let Some(protocol) = acl.protocol {
         object["proto"] = show_protocol(protocol).into();
     }
@@ -125,6 +129,7 @@ fn grant(grant: &super::Grant) -> Value {
     if !grant.app.is_empty() {
         object["app"] = capabilities(&grant.app);
     }
+    unless_empty(&mut object, "srcPosture", texts(&grant.posture));
     unless_empty(&mut object, "via", texts(&grant.via));
     object
 }
@@ -143,6 +148,7 @@ fn ssh(rule: &super::Ssh) -> Value {
             }
         }
     }
+    unless_empty(&mut object, "srcPosture", texts(&rule.posture));
     unless_empty(&mut object, "acceptEnv", rule.accept_env.clone().into());
     object
 }

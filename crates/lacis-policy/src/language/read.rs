@@ -6,18 +6,17 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use serde_json::Value;
 
+use super::posture::Condition;
 use super::selector::{self, Selector, Wrong};
-use super::values::{capability_name, check_period, grant_ports, login, pool, property};
+use super::values::{capability_name, check_period, grant_ports, login, pool, posture_name, property};
 use super::{Acl, Body, Grant, Mark, NodeAttrs, Said, Ssh, SshAction, SshTest, Target, Test};
 use crate::document::{Data, Document, Item, Key, entry, member};
 use crate::problem::Problem;
 
 /// Top-level keys of others that mean nothing here, and why.
-const NOT_HONOURED: [(&str, &str); 4] = [
+const NOT_HONOURED: [(&str, &str); 2] = [
     ("derpMap", "relays are set in the coordinator's configuration"),
     ("OneCGNATRoute", "clients choose their routes themselves; use nodeAttrs with one-cgnat?v=true"),
-    ("postures", "device postures are not checked here"),
-    ("defaultSrcPosture", "device postures are not checked here"),
 ];
 
 /// What was read, with what is wrong and what is not honoured.
@@ -179,6 +178,10 @@ impl Reader {
         if let Some((item, place)) = fields.take("tagOwners") {
             body.tag_owners = self.tag_owners(item, &place);
         }
+        if let Some((item, place)) = fields.take("postures") {
+            body.postures = self.postures(item, &place);
+        }
+        body.default_posture = self.all(fields.take("defaultSrcPosture"), posture_name);
         if let Some((item, place)) = fields.take("autoApprovers") {
             self.auto_approvers(item, &place, &mut body);
         }
@@ -360,20 +363,21 @@ impl Reader {
         self.done(fields);
     }
 
-    /// A rule that is narrowed by what cannot be checked must not be read as the wider one.
-    fn no_posture(&mut self, fields: &mut Fields<'_>) {
-        if let Some((item, place)) = fields.take("srcPosture")
-            && !matches!(&item.data, Data::Null)
-            && !matches!(&item.data, Data::List(items) if items.is_empty())
-        {
-            let help = Some("without it the rule would allow more than it says".to_owned());
-            self.wrong(
-                item,
-                &place,
-                "srcPosture is not supported: device postures are not checked here",
-                help,
-            );
+    fn postures(&mut self, item: &Item, place: &str) -> BTreeMap<String, Said<Vec<Said<Condition>>>> {
+        let mut postures = BTreeMap::new();
+        let Some(fields) = self.fields(item, place) else { return postures };
+        for (key, item) in fields.left {
+            let place = member(place, &key.name);
+            let at = Mark { at: key.at, place: place.clone() };
+            match posture_name(&key.name) {
+                Ok(name) => {
+                    let what = self.all(Some((item, place)), Condition::parse);
+                    postures.insert(name, Said { what, mark: at });
+                }
+                Err((message, help)) => self.problems.push(at.problem(message, help)),
+            }
         }
+        postures
     }
 
     fn acl(&mut self, item: &Item, place: &str) -> Option<Acl> {
@@ -408,7 +412,7 @@ impl Reader {
                 self.problems.push(target.mark.problem(message, Some("write * for the ports".to_owned())));
             }
         }
-        self.no_posture(&mut fields);
+        let posture = self.all(fields.take("srcPosture"), posture_name);
         for name in ["users", "ports"] {
             if let Some((item, place)) = fields.take(name) {
                 let now = if name == "users" { "src" } else { "dst" };
@@ -420,7 +424,7 @@ impl Reader {
                 );
             }
         }
-        let acl = Acl { mark: fields.mark.clone(), protocol, src, dst };
+        let acl = Acl { mark: fields.mark.clone(), protocol, src, posture, dst };
         self.done(fields);
         Some(acl)
     }
@@ -462,8 +466,8 @@ impl Reader {
                 Some("\"ip\": [\"*\"] is all traffic".to_owned()),
             );
         }
-        self.no_posture(&mut fields);
-        let grant = Grant { mark: fields.mark.clone(), src, dst, ip, app, via };
+        let posture = self.all(fields.take("srcPosture"), posture_name);
+        let grant = Grant { mark: fields.mark.clone(), src, posture, dst, ip, app, via };
         self.done(fields);
         Some(grant)
     }
@@ -533,8 +537,8 @@ impl Reader {
                 );
             }
         }
-        self.no_posture(&mut fields);
-        let ssh = Ssh { mark: fields.mark.clone(), action, src, dst, users, accept_env };
+        let posture = self.all(fields.take("srcPosture"), posture_name);
+        let ssh = Ssh { mark: fields.mark.clone(), action, src, posture, dst, users, accept_env };
         self.done(fields);
         Some(ssh)
     }
@@ -563,7 +567,7 @@ impl Reader {
         let accept = self.texts(fields.take("accept"));
         let deny = self.texts(fields.take("deny"));
         if let Some((item, place)) = fields.take("srcPostureAttrs") {
-            let message = "srcPostureAttrs is not honoured: device postures are not checked here";
+            let message = "srcPostureAttrs is not honoured: a test is about the nodes as they are";
             self.warnings.push(mark(item, &place).problem(message, None));
         }
         let test = Test { mark: fields.mark.clone(), src: src.unwrap_or_default(), protocol, accept, deny };

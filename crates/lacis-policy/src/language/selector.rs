@@ -36,6 +36,8 @@ pub(crate) enum Selector {
     User(String),
     /// `user:*@DOMAIN`: all users of a mail domain.
     Domain(String),
+    /// `posture:NAME`: nodes that fulfil its conditions; no policy can name it where people and machines are.
+    Posture(String),
     /// An alias that `hosts` explains.
     Host(String),
     /// An address.
@@ -121,7 +123,10 @@ impl Selector {
                 _ => wrong(format!("{text:?} is not understood"), "all users of a domain are user:*@DOMAIN"),
             };
         }
-        for (prefix, what) in [("ipset:", "IP sets"), ("svc:", "services"), ("posture:", "postures")] {
+        if text.starts_with("posture:") {
+            return wrong(format!("{text:?}: a posture is invalid here"), "it belongs in srcPosture");
+        }
+        for (prefix, what) in [("ipset:", "IP sets"), ("svc:", "services")] {
             if text.starts_with(prefix) {
                 return wrong(format!("{text:?}: {what} are not supported here"), None);
             }
@@ -202,7 +207,11 @@ impl fmt::Display for Selector {
                 let name = ROLES.iter().find(|(_, known)| known == role).map_or("member", |(name, _)| name);
                 write!(f, "autogroup:{name}")
             }
-            Self::Group(name) | Self::Tag(name) | Self::User(name) | Self::Host(name) => f.write_str(name),
+            Self::Group(name)
+            | Self::Tag(name)
+            | Self::User(name)
+            | Self::Posture(name)
+            | Self::Host(name) => f.write_str(name),
             Self::Domain(domain) => write!(f, "user:*@{domain}"),
             Self::Address(address) => address.fmt(f),
             Self::Net(net) => net.fmt(f),

@@ -113,6 +113,14 @@ pub(super) fn login(text: &str) -> Result<Login, Wrong> {
     }
 }
 
+/// `posture:NAME`.
+pub(super) fn posture_name(text: &str) -> Result<String, Wrong> {
+    match text.strip_prefix("posture:") {
+        Some(name) if !name.is_empty() => Ok(text.to_owned()),
+        _ => Err((format!("{text:?} is no posture: postures start with 'posture:'"), None)),
+    }
+}
+
 /// A pool of addresses for nodes: inside the range that meshes use, and clear of what is reserved in it.
 pub(super) fn pool(text: &str) -> Result<IpNet, Wrong> {
     let net: IpNet = text

@@ -124,6 +124,7 @@ impl Record {
                 advertised: node.routable_ips.clone(),
                 approved: node.approved_routes.clone(),
                 online: true,
+                ..Node::default()
             }
         });
         let settings = Settings { auto_update: Some(self.tailnet.settings.devices_auto_updates_on) };
