@@ -1,12 +1,14 @@
 //! From the network map to the resolver's state.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 
 use lacis_dns::{DnsState, Upstream};
 use lacis_wire::control::DnsResolver;
 
+use crate::host::Routes;
 use crate::netmap::NetMap;
+use crate::routing;
 
 /// The zones of 100.64.0.0/10 and fd7a:115c:a1e0::/48.
 fn reverse_zones() -> impl Iterator<Item = String> {
@@ -14,8 +16,36 @@ fn reverse_zones() -> impl Iterator<Item = String> {
     v4.chain(std::iter::once("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned()))
 }
 
+/// What of the host and its user counts for names.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings<'a> {
+    /// The resolvers that the host had before us.
+    pub(crate) base: &'a [SocketAddr],
+    pub(crate) routes: &'a Routes,
+    /// Everything is sent through an exit node.
+    pub(crate) exit: bool,
+    /// The host name of the control server.
+    pub(crate) control: &'a str,
+}
+
+/// Is a resolver reached through the mesh?
+///
+/// One at an address that only means something nearby, and that the host itself has named, is not: there is nobody at
+/// that address where an exit node is.
+fn is_inside(ip: IpAddr, around: &Surroundings<'_>) -> bool {
+    let nearby = match ip {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
+    };
+    let own = around.base.iter().any(|base| base.ip() == ip);
+    match routing::way(around.routes, ip) {
+        Some(net) if routing::is_default_route(&net) => !(nearby && own),
+        other => other.is_some(),
+    }
+}
+
 /// What MagicDNS answers, with the resolvers that the host had before us for the rest.
-pub(crate) fn state(map: &NetMap, base: &[SocketAddr]) -> DnsState {
+pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
     let config = &map.dns;
     let upstreams = |resolvers: &[DnsResolver]| -> Vec<Upstream> {
         resolvers.iter().map(|resolver| Upstream::parse(&resolver.addr)).collect()
@@ -45,7 +75,25 @@ pub(crate) fn state(map: &NetMap, base: &[SocketAddr]) -> DnsState {
     }
     authoritative.sort();
     authoritative.dedup();
+    let mut resolvers = upstreams(&config.resolvers);
+    let fallback = upstreams(&config.fallback_resolvers);
+    if resolvers.is_empty() && around.exit {
+        // The host's own are nobody's business where the exit node is.
+        resolvers.clone_from(&fallback);
+    }
+    let base: Vec<_> = around.base.iter().copied().map(Upstream::from).collect();
+    let known = routes.iter().flat_map(|(_, to)| to).chain(&resolvers).chain(&fallback).chain(&base);
+    let addresses = known.filter_map(|upstream| match upstream {
+        Upstream::Plain(address) => Some(address.ip()),
+        Upstream::Unsupported(_) => None,
+    });
+    let inside: HashSet<IpAddr> = addresses.filter(|ip| is_inside(*ip, around)).collect();
+    let relays = map.derp_map.regions.values().flat_map(|region| &region.nodes);
+    let mut outside: Vec<String> = relays.map(|node| name(&node.host_name)).collect();
+    outside.push(name(around.control));
     DnsState {
+        inside,
+        outside,
         hosts: if config.proxied { hosts } else { HashMap::new() },
         authoritative,
         extra_records: config
@@ -54,9 +102,9 @@ pub(crate) fn state(map: &NetMap, base: &[SocketAddr]) -> DnsState {
             .filter_map(|record| Some((name(&record.name), record.value.parse().ok()?)))
             .collect(),
         routes,
-        resolvers: upstreams(&config.resolvers),
-        fallback: upstreams(&config.fallback_resolvers),
-        base: base.iter().copied().map(Upstream::from).collect(),
+        resolvers,
+        fallback,
+        base,
         search: config.domains.iter().map(|domain| name(domain)).collect(),
         has_ipv4: map.addresses().any(|ip| ip.is_ipv4()),
         has_ipv6: map.addresses().any(|ip| ip.is_ipv6()),
@@ -71,11 +119,41 @@ mod tests {
     use time::OffsetDateTime;
 
     fn state_of(config: DnsConfig) -> DnsState {
+        let around = Surroundings { base: &[], routes: &Routes::default(), exit: false, control: "" };
+        state_in(config, &around)
+    }
+
+    fn state_in(config: DnsConfig, around: &Surroundings<'_>) -> DnsState {
         let node = Node { name: "alice.lab.example.".into(), ..Node::default() };
         let frame = MapResponse { node: Some(node), dns_config: Some(config), ..MapResponse::default() };
         let mut session = Session::default();
         session.apply(frame, OffsetDateTime::now_utc()).unwrap();
-        state(session.map().unwrap(), &[])
+        state(session.map().unwrap(), around)
+    }
+
+    #[test]
+    fn resolvers_are_asked_the_way_their_routes_lead_and_names_of_the_mesh_outside() {
+        let at = |addr: &str| DnsResolver { addr: addr.into(), ..DnsResolver::default() };
+        let config = || DnsConfig {
+            routes: [("corp.example".into(), vec![at("10.1.0.53")])].into(),
+            fallback_resolvers: vec![at("203.0.113.53")],
+            ..DnsConfig::default()
+        };
+        let base: [SocketAddr; 2] = ["192.168.1.1:53".parse().unwrap(), "198.51.100.53:53".parse().unwrap()];
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        let subnets = Routes { device: nets(&["10.1.0.0/16", "100.64.0.2/32"]), thrown: Vec::new() };
+        let around = Surroundings { base: &base, routes: &subnets, exit: false, control: "Mesh.example.org" };
+        let plain = state_in(config(), &around);
+        assert_eq!(plain.inside, ["10.1.0.53".parse().unwrap()].into());
+        assert_eq!(plain.outside, ["mesh.example.org"]);
+        assert!(plain.resolvers.is_empty());
+
+        let everything =
+            Routes { device: nets(&["0.0.0.0/0", "10.1.0.0/16"]), thrown: nets(&["203.0.113.0/24"]) };
+        let exit = state_in(config(), &Surroundings { routes: &everything, exit: true, ..around });
+        let inside = ["10.1.0.53", "198.51.100.53"].map(|ip| ip.parse().unwrap());
+        assert_eq!(exit.inside, inside.into(), "neither a LAN's own resolver nor one past the table");
+        assert_eq!(exit.resolvers, exit.fallback);
     }
 
     #[test]

@@ -12,8 +12,6 @@ use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::state::is_mesh;
-
 /// A whole question, everything included.
 const TOTAL: Duration = Duration::from_secs(10);
 /// Without an answer by UDP after this, TCP is tried too: something on the way may drop the one.
@@ -34,11 +32,11 @@ pub(crate) enum Forwarded {
     Silence,
 }
 
-/// Asks all of them.
-pub(crate) async fn ask(query: &[u8], tcp: bool, upstreams: &[SocketAddr], fwmark: Option<u32>) -> Forwarded {
+/// Asks all of them, each with the mark that its packets get.
+pub(crate) async fn ask(query: &[u8], tcp: bool, upstreams: &[(SocketAddr, Option<u32>)]) -> Forwarded {
     let mut tasks = JoinSet::new();
-    for upstream in upstreams {
-        let (query, upstream) = (query.to_vec(), *upstream);
+    for (upstream, fwmark) in upstreams {
+        let (query, upstream, fwmark) = (query.to_vec(), *upstream, *fwmark);
         tasks.spawn(async move { one(&query, tcp, upstream, fwmark).await });
     }
     let mut worst = None;
@@ -98,8 +96,7 @@ async fn one(query: &[u8], tcp: bool, to: SocketAddr, fwmark: Option<u32>) -> io
 fn socket(to: SocketAddr, kind: Type, protocol: Protocol, fwmark: Option<u32>) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
-    // A resolver that is reached through the mesh must not be kept out of it.
-    if let Some(mark) = fwmark.filter(|_| !to.ip().is_loopback() && !is_mesh(to.ip())) {
+    if let Some(mark) = fwmark.filter(|_| !to.ip().is_loopback()) {
         socket.set_mark(mark)?;
     }
     Ok(socket)

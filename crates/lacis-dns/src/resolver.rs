@@ -1,5 +1,6 @@
 //! Answers DNS messages: from the state where it can, by passing them on where it must.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use hickory_proto::op::{Message, MessageType, ResponseCode};
@@ -80,14 +81,17 @@ impl Resolver {
 
     pub(crate) async fn pass_on(&self, question: Box<Question>) -> Option<Vec<u8>> {
         let Question { name, message, bytes, transport } = *question;
-        let upstreams = self.state().upstreams(&name);
+        let state = self.state();
+        // A resolver that is reached through the mesh must not be kept out of it.
+        let mark = |to: &SocketAddr| self.options.fwmark.filter(|_| !state.asks_inside(&name, to.ip()));
+        let upstreams: Vec<_> = state.upstreams(&name).into_iter().map(|to| (to, mark(&to))).collect();
         if upstreams.is_empty() {
             return encode(&failed(&message, ResponseCode::ServFail), &message, transport);
         }
         let tcp = transport == Transport::Tcp;
-        let mut forwarded = forward::ask(&bytes, false, &upstreams, self.options.fwmark).await;
+        let mut forwarded = forward::ask(&bytes, false, &upstreams).await;
         if forward::needs_tcp(&forwarded, tcp) {
-            forwarded = forward::ask(&bytes, true, &upstreams, self.options.fwmark).await;
+            forwarded = forward::ask(&bytes, true, &upstreams).await;
         }
         match forwarded {
             Forwarded::Answer(answer) => fitted(answer, &message, transport),

@@ -1,6 +1,6 @@
 //! What the resolver knows: names, zones and upstreams, made from the network map and never changed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::quad100::{QUAD100_V4, QUAD100_V6};
@@ -24,6 +24,11 @@ pub struct DnsState {
     pub fallback: Vec<Upstream>,
     /// What the host had before us.
     pub base: Vec<Upstream>,
+    /// Resolvers to which the mesh's routes lead: of networks behind a router, or all while an exit node is used.
+    /// Those with addresses of the mesh need not be named.
+    pub inside: HashSet<IpAddr>,
+    /// Names that the mesh itself hangs on: while it is being built up, only resolvers outside can be asked for them.
+    pub outside: Vec<String>,
     /// Search domains, the tailnet's own first.
     pub search: Vec<String>,
     /// The families this node has in the mesh.
@@ -87,6 +92,12 @@ impl DnsState {
         let extra: Vec<_> =
             self.extra_records.iter().filter(|(known, _)| known == name).map(|(_, ip)| *ip).collect();
         if extra.is_empty() { self.hosts.get(name).cloned() } else { Some(extra) }
+    }
+
+    /// Is a resolver asked for this name through the mesh, and not past it?
+    pub(crate) fn asks_inside(&self, name: &str, resolver: IpAddr) -> bool {
+        is_mesh(resolver)
+            || self.inside.contains(&resolver) && !self.outside.iter().any(|known| known == name)
     }
 
     pub(crate) fn name_of(&self, ip: IpAddr) -> Option<&str> {

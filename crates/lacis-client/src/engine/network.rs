@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lacis_tunnel::{Filter, PeerConfig};
 use lacis_wire::control::{MapResponse, Node};
+use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::Notify;
 use time::OffsetDateTime;
@@ -173,7 +174,7 @@ impl Engine {
         if changes.derp_map {
             self.find_home();
         }
-        if changes.node || changes.peers || changes.dns {
+        if changes.node || changes.peers || changes.dns || changes.derp_map {
             self.apply_host();
         }
     }
@@ -233,16 +234,25 @@ impl Engine {
             self.resolver.set_state(Arc::new(lacis_dns::DnsState::default()));
             return;
         };
-        let base = self.host.base_resolvers();
-        let names = dns::state(map, &base);
+        let prefs = &self.saved.prefs;
+        let routes = routing::host_routes(map, prefs, &self.link.lan);
+        let control = ControlUrl::parse(&prefs.control_url);
+        let names = dns::state(
+            map,
+            &dns::Surroundings {
+                base: &self.host.base_resolvers(),
+                routes: &routes,
+                exit: routing::wants_exit(prefs),
+                control: control.as_ref().map_or("", ControlUrl::host),
+            },
+        );
         let expired = is_expired(&map.node, OffsetDateTime::now_utc());
-        let wanted = self.saved.prefs.corp_dns && !expired;
+        let wanted = prefs.corp_dns && !expired;
         let dns = wanted.then(|| lacis_dns::os_config(&names)).flatten();
         self.resolver.set_state(Arc::new(names));
-        let prefs = &self.saved.prefs;
         self.host.wish(Some(HostState {
             addresses: map.node.addresses.clone(),
-            routes: routing::host_routes(map, prefs, &self.link.lan),
+            routes,
             firewall: routing::firewall(map, prefs, self.tunnel.udp_port()),
             dns,
         }));
