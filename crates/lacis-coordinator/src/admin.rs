@@ -9,11 +9,14 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use lacis_policy::Population;
 use lacis_wire::admin::{
-    ApiError, ApproveRegistration, CreateKey, CreateUser, CreatedKey, KeyInfo, NodeInfo, PREFIX,
-    RegistrationInfo, RenameNode, TailnetInfo, UserInfo,
+    ApiError, ApproveRegistration, ApproveRoutes, CreateKey, CreateUser, CreatedKey, DecideSshCheck, KeyInfo,
+    NodeInfo, PREFIX, PolicyInfo, PolicyProblem, RegistrationInfo, RenameNode, SetPolicy, SetTags,
+    SshCheckInfo, TailnetInfo, UserInfo,
 };
 
+use crate::core::registration::Refused;
 use crate::core::tailnet::Tailnet;
 use crate::core::{AdminError, Core, now};
 
@@ -53,6 +56,25 @@ impl From<AdminError> for Failure {
             AdminError::BadName(_) | AdminError::BadUserName(_) | AdminError::BadTag(_) => {
                 (StatusCode::BAD_REQUEST, None)
             }
+            AdminError::NoTags => (
+                StatusCode::BAD_REQUEST,
+                Some("to give a tagged node to a person, let it sign in again as theirs".to_owned()),
+            ),
+            AdminError::UnknownTag(_) => (
+                StatusCode::BAD_REQUEST,
+                Some("name it in the policy's tagOwners; its list may be empty".to_owned()),
+            ),
+            AdminError::BadPolicy(_) => (StatusCode::UNPROCESSABLE_ENTITY, None),
+            AdminError::PolicyInFile { .. } => {
+                (StatusCode::CONFLICT, Some("change the file: it is read as soon as it changes".to_owned()))
+            }
+            AdminError::PolicyInConfiguration => (
+                StatusCode::CONFLICT,
+                Some("change it there, then `systemctl reload lacis-coordinator`".to_owned()),
+            ),
+            AdminError::Refused(Refused::Tags(_)) => {
+                (StatusCode::CONFLICT, Some("the policy's tagOwners must let the user give them".to_owned()))
+            }
             AdminError::Refused(_) => (StatusCode::CONFLICT, None),
             AdminError::Store(_) | AdminError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
@@ -91,8 +113,16 @@ pub fn router(core: Core) -> Router {
         .route("/tailnets/{tailnet}/nodes/{node}", get(show_node).delete(delete_node))
         .route("/tailnets/{tailnet}/nodes/{node}/rename", post(rename_node))
         .route("/tailnets/{tailnet}/nodes/{node}/expire", post(expire_node))
+        .route("/tailnets/{tailnet}/nodes/{node}/approve-routes", post(approve_routes))
+        .route("/tailnets/{tailnet}/nodes/{node}/tags", post(set_tags))
+        .route("/tailnets/{tailnet}/policy", get(show_policy).put(set_policy).delete(delete_policy))
+        .route("/tailnets/{tailnet}/policy/check", post(check_policy))
+        .route("/tailnets/{tailnet}/policy/reload", post(reload_policy))
+        .route("/tailnets/{tailnet}/population", get(population))
         .route("/registrations", get(list_registrations))
         .route("/registrations/{id}/approve", post(approve))
+        .route("/ssh-checks", get(list_ssh_checks))
+        .route("/ssh-checks/{id}", post(decide_ssh_check))
         .route_layer(middleware::from_fn(note))
         .with_state(core);
     Router::new().nest(PREFIX, routes).fallback(|| async {
@@ -175,6 +205,58 @@ async fn expire_node(State(core): State<Core>, Path((name, node)): Path<(String,
     Ok(Json(core.expire(tailnet, &node, now()).await.map_err(AdminError::from)?))
 }
 
+async fn approve_routes(
+    State(core): State<Core>,
+    Path((name, node)): Path<(String, String)>,
+    Body(wish): Body<ApproveRoutes>,
+) -> Answer<NodeInfo> {
+    let tailnet = tailnet(&core, &name)?;
+    let node = core.node_meant(tailnet, &node)?;
+    Ok(Json(core.approve_routes(tailnet, &node, &wish.routes).await?))
+}
+
+async fn set_tags(
+    State(core): State<Core>,
+    Path((name, node)): Path<(String, String)>,
+    Body(wish): Body<SetTags>,
+) -> Answer<NodeInfo> {
+    let tailnet = tailnet(&core, &name)?;
+    let node = core.node_meant(tailnet, &node)?;
+    Ok(Json(core.set_tags(tailnet, &node, &wish.tags).await?))
+}
+
+async fn show_policy(State(core): State<Core>, Path(name): Path<String>) -> Answer<PolicyInfo> {
+    Ok(Json(core.policy(tailnet(&core, &name)?)))
+}
+
+async fn set_policy(
+    State(core): State<Core>,
+    Path(name): Path<String>,
+    Body(wish): Body<SetPolicy>,
+) -> Answer<PolicyInfo> {
+    Ok(Json(core.set_policy(tailnet(&core, &name)?, &wish).await?))
+}
+
+async fn delete_policy(State(core): State<Core>, Path(name): Path<String>) -> Answer<PolicyInfo> {
+    Ok(Json(core.delete_policy(tailnet(&core, &name)?).await?))
+}
+
+async fn check_policy(
+    State(core): State<Core>,
+    Path(name): Path<String>,
+    Body(wish): Body<SetPolicy>,
+) -> Answer<Vec<PolicyProblem>> {
+    Ok(Json(core.check_policy(tailnet(&core, &name)?, &wish)?))
+}
+
+async fn reload_policy(State(core): State<Core>, Path(name): Path<String>) -> Answer<PolicyInfo> {
+    Ok(Json(core.reload_policy(tailnet(&core, &name)?).await?))
+}
+
+async fn population(State(core): State<Core>, Path(name): Path<String>) -> Answer<Population> {
+    Ok(Json(core.population(tailnet(&core, &name)?)))
+}
+
 async fn delete_node(State(core): State<Core>, Path((name, node)): Path<(String, String)>) -> Answer<()> {
     let tailnet = tailnet(&core, &name)?;
     let node = core.node_meant(tailnet, &node)?;
@@ -183,6 +265,18 @@ async fn delete_node(State(core): State<Core>, Path((name, node)): Path<(String,
 
 async fn list_registrations(State(core): State<Core>) -> Json<Vec<RegistrationInfo>> {
     Json(core.list_registrations())
+}
+
+async fn list_ssh_checks(State(core): State<Core>) -> Json<Vec<SshCheckInfo>> {
+    Json(core.list_ssh_checks())
+}
+
+async fn decide_ssh_check(
+    State(core): State<Core>,
+    Path(id): Path<String>,
+    Body(wish): Body<DecideSshCheck>,
+) -> Answer<()> {
+    Ok(Json(core.decide_ssh_check(&id, wish.approve)?))
 }
 
 async fn approve(

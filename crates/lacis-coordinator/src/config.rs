@@ -22,7 +22,8 @@ pub use scalars::{
     AbsolutePath, Address, AddressOrOff, Domain, Expiry, Ip, Nameserver, Prefix, ServerUrl, Span,
 };
 pub use types::{
-    Config, Dns, EmbeddedRelay, EmbeddedRelaySettings, ExtraRecord, Region, RelayNode, Tailnet, Tls,
+    Config, Dns, EmbeddedRelay, EmbeddedRelaySettings, ExtraRecord, PolicySetting, Region, RelayNode,
+    Tailnet, Tls,
 };
 
 use position::Positions;

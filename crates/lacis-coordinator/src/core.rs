@@ -11,10 +11,17 @@ pub mod auth_key;
 mod frames;
 mod janitor;
 pub mod names;
+mod owed;
 mod pending;
+pub mod policy;
+pub mod presence;
 pub mod record;
 pub mod registration;
+mod routes;
+mod rules;
 mod session;
+mod ssh_checks;
+mod tags;
 pub mod tailnet;
 mod update;
 
@@ -32,6 +39,7 @@ pub use admin::AdminError;
 pub use session::{Next, Subscription};
 
 use crate::store::{self, AuthKeyRow, Loaded, Store};
+use policy::PolicySource;
 use record::{NodeRecord, UserRecord};
 use tailnet::{Settings, Tailnet};
 
@@ -62,6 +70,7 @@ pub struct TailnetConfig {
     pub split: BTreeMap<String, Vec<String>>,
     pub search_domains: Vec<String>,
     pub extra_records: Vec<(String, IpAddr)>,
+    pub policy: PolicySource,
 }
 
 /// Reverse zones of the address ranges: answered by the clients, never forwarded.
@@ -115,6 +124,9 @@ pub enum Error {
          put it back, or delete its nodes first"
     )]
     UnknownTailnet { tailnet: String },
+    /// Each problem on a line of its own.
+    #[error("the policy of the tailnet {tailnet:?} cannot be used\n{error}")]
+    Policy { tailnet: String, error: policy::PolicyError },
     #[error("encoding the configuration: {0}")]
     Encode(#[from] serde_json::Error),
 }
@@ -130,6 +142,7 @@ struct Inner {
     auth_keys: Mutex<HashMap<String, AuthKeyRow>>,
     machines: [tokio::sync::Mutex<()>; MACHINE_LOCKS],
     pending: pending::Pending,
+    ssh_checks: ssh_checks::SshChecks,
     last_user: AtomicI64,
     last_node: AtomicI64,
     /// Told when a node key may no longer be used.
@@ -172,6 +185,9 @@ impl Core {
             let tailnet = row.tailnet.clone();
             let mut node = NodeRecord::from_row(row);
             node.expired = node.is_expired_at(started);
+            // Routers come back before their networks are given to others.
+            node.routing = node.online && !node.hostinfo.routable_ips.is_empty();
+            node.online = false;
             nodes.entry(tailnet).or_default().push(node);
         }
         let mut tailnets = BTreeMap::new();
@@ -180,15 +196,21 @@ impl Core {
             let settings = Settings {
                 name: tailnet.name.clone(),
                 domain: tailnet.domain.clone(),
+                server_url: config.server_url.clone(),
                 derp_map: derp_map.clone(),
                 dns: serde_json::value::to_raw_value(&tailnet.dns())?,
+                policy: tailnet.policy.clone(),
             };
+            let stored = loaded.policies.iter().find(|row| row.tailnet == tailnet.name);
+            let (policy, policy_state) = policy::at_start(tailnet, stored)?;
             let nodes = nodes.remove(&tailnet.name).unwrap_or_default();
             let ids: Vec<_> = nodes.iter().map(|node| (node.node_key, node.id)).collect();
-            let network =
-                Arc::new(Tailnet::new(settings, users.remove(&tailnet.name).unwrap_or_default(), nodes));
+            let users = users.remove(&tailnet.name).unwrap_or_default();
+            let network = Arc::new(Tailnet::new(settings, &policy, users, nodes));
+            network.begin_policy(policy_state);
             // All nodes are away at the start; ephemeral ones have their time to come back.
-            network.lock().state.leaving = ids.iter().map(|(_, id)| (*id, started)).collect();
+            let away = started + session::GRACE_SECONDS;
+            network.lock().state.leaving = ids.iter().map(|(_, id)| (*id, away)).collect();
             by_key.extend(ids.into_iter().map(|(key, id)| (key, (Arc::clone(&network), id))));
             tailnets.insert(tailnet.name.clone(), network);
         }
@@ -203,6 +225,7 @@ impl Core {
             auth_keys: Mutex::new(loaded.keys.into_iter().map(|key| (key.id.clone(), key)).collect()),
             machines: std::array::from_fn(|_| tokio::sync::Mutex::new(())),
             pending: pending::Pending::default(),
+            ssh_checks: ssh_checks::SshChecks::default(),
             last_user: AtomicI64::new(loaded.last_user),
             last_node: AtomicI64::new(loaded.last_node),
             on_revoked: OnceLock::new(),
@@ -212,6 +235,7 @@ impl Core {
             token: CancellationToken::new(),
         }));
         tokio::spawn(janitor::run(core.clone()));
+        tokio::spawn(policy::follow(core.clone()));
         Ok(core)
     }
 
@@ -281,11 +305,6 @@ impl Core {
     /// When it cannot.
     pub async fn health(&self) -> Result<(), store::Error> {
         self.0.store.commit(Vec::new()).await
-    }
-
-    /// Pings that we sent are answered by id; we send none yet.
-    pub fn ping_response(&self, _id: &str) -> bool {
-        false
     }
 
     pub fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {

@@ -95,7 +95,7 @@ impl Error {
         matches!(
             self,
             Self::Config(_)
-                | Self::Core(crate::core::Error::UnknownTailnet { .. })
+                | Self::Core(crate::core::Error::UnknownTailnet { .. } | crate::core::Error::Policy { .. })
                 | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
         )
     }

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Extension, FromRequest, Request, State};
+use axum::extract::{DefaultBodyLimit, Extension, FromRequest, Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{any, get, head, post};
 use axum::{Json, Router};
 use lacis_wire::MIN_CAPABILITY_VERSION;
-use lacis_wire::control::{MapRequest, RegisterRequest, decode_request};
+use lacis_wire::control::{MapRequest, NodeId, RegisterRequest, decode_request};
 use lacis_wire::key::MachineKey;
 use serde_json::json;
 
@@ -38,6 +38,8 @@ pub fn router(core: Core) -> Router {
         .route("/machine/register", post(register))
         .route("/machine/map", post(map))
         .route("/machine/whoami", get(whoami))
+        .route("/machine/ping-response", head(ping_response))
+        .route("/machine/ssh/action/{from}/to/{to}", get(ssh_action))
         // Clients post these and go on whatever the answer; an empty object is the friendliest.
         .route("/machine/update-health", post(accepted))
         .route("/machine/audit-log", post(accepted))
@@ -103,6 +105,47 @@ async fn map(
 
 async fn whoami(Extension(session): Extension<Session>) -> String {
     format!("machine {} from {}, version {}\n", session.machine, session.remote, session.version)
+}
+
+#[derive(Debug, serde::Deserialize)]
+struct Question {
+    #[serde(default)]
+    id: String,
+}
+
+/// The answer to a question whether the client is still there.
+async fn ping_response(
+    State(core): State<Core>,
+    Extension(session): Extension<Session>,
+    Query(question): Query<Question>,
+) -> StatusCode {
+    if core.ping_response(&question.id, &session.machine) { StatusCode::OK } else { StatusCode::NOT_FOUND }
+}
+
+#[derive(Debug, serde::Deserialize)]
+struct SshSession {
+    #[serde(default)]
+    local_user: String,
+    check: Option<String>,
+}
+
+/// A node asks what to do with an SSH session to it that a rule wants checked.
+async fn ssh_action(
+    State(core): State<Core>,
+    Extension(session): Extension<Session>,
+    Path((from, to)): Path<(i64, i64)>,
+    Query(asked): Query<SshSession>,
+) -> Response {
+    let check = asked.check.as_deref();
+    let action = core.ssh_action(&session.machine, NodeId(from), NodeId(to), &asked.local_user, check).await;
+    match action {
+        Ok(Some(action)) => Json(action).into_response(),
+        Ok(None) => StatusCode::NOT_FOUND.into_response(),
+        Err(error) => {
+            tracing::error!(%error, "an SSH session cannot be checked");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
 }
 
 async fn accepted() -> Response {

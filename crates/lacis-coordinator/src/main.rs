@@ -9,6 +9,8 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use lacis_coordinator::Error;
 use lacis_coordinator::config::{Config, schema};
+use lacis_coordinator::core::policy::{self, PolicyError, PolicySource};
+use lacis_coordinator::core::{self, Core};
 use lacis_coordinator::serve::Service;
 use lacis_relay::tls::Certificate;
 use tokio::signal::unix::{SignalKind, signal};
@@ -74,7 +76,18 @@ fn print(text: &str) -> Result<(), Error> {
 }
 
 fn check(path: &Path) -> Result<(), Error> {
-    Config::load(path)?;
+    let config = Config::load(path)?;
+    for tailnet in config.core().tailnets {
+        let PolicySource::File(file) = tailnet.policy else { continue };
+        match policy::read_file(&file) {
+            Ok(_) => {}
+            // It may be checked on another machine than its own.
+            Err(PolicyError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                print(&format!("{}: is not on this machine and was not checked", file.display()))?;
+            }
+            Err(error) => return Err(core::Error::Policy { tailnet: tailnet.name, error }.into()),
+        }
+    }
     print(&format!("{}: the configuration can be used", path.display()))
 }
 
@@ -89,23 +102,30 @@ fn serve(path: &Path) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(|source| Error::System { doing: "start the runtime", source })?;
-    runtime.block_on(run(&config))
+    runtime.block_on(run(path, &config))
 }
 
-async fn run(config: &Config) -> Result<(), Error> {
+async fn run(path: &Path, config: &Config) -> Result<(), Error> {
     let stop = CancellationToken::new();
     let service = Service::start(config, stop.clone()).await?;
     let on = |kind| signal(kind).map_err(|source| Error::System { doing: "wait for signals", source });
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     let mut hangup = on(SignalKind::hangup())?;
-    let certificate = service.certificate();
+    let (certificate, core) = (service.certificate(), service.core().clone());
+    let path = path.to_owned();
     let stopping = stop.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                _ = hangup.recv() => reload(certificate.as_ref()),
+                _ = hangup.recv() => {
+                    // The service manager waits for the end of it.
+                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Reloading]);
+                    reload(certificate.as_ref());
+                    reload_policies(&path, &core).await;
+                    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+                }
             }
         }
         tracing::info!("stopping");
@@ -128,6 +148,17 @@ fn reload(certificate: Option<&Arc<Certificate>>) {
         Ok(()) => tracing::info!("certificate read again"),
         Err(error) => tracing::error!(%error, "the new certificate cannot be used, the old one stays"),
     }
+}
+
+/// Policies are the part of the configuration that can change while the program runs.
+async fn reload_policies(path: &Path, core: &Core) {
+    let configured = Config::load(path).map(|config| config.core().tailnets).unwrap_or_else(|error| {
+        for line in error.to_string().lines() {
+            tracing::error!("the configuration cannot be read again, what is in it stays: {line}");
+        }
+        Vec::new()
+    });
+    core.reload_policies(&configured).await;
 }
 
 /// Each client holds one descriptor or more; the usual soft limit of 1024 is for programs that use select().

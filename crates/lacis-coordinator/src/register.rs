@@ -39,6 +39,7 @@ async fn decide(
     let applicant = Applicant {
         machine: session.machine,
         node_key: request.node_key,
+        old_node_key: request.old_node_key,
         hostinfo: request.hostinfo.unwrap_or_default(),
         version: request.version,
         expiry,

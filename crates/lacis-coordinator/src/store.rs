@@ -1,4 +1,4 @@
-//! What outlives the process: users, auth keys and nodes, in SQLite.
+//! What outlives the process: users, auth keys, nodes and policies, in SQLite.
 //!
 //! The core keeps everything in memory and reads the database once, at the start. Writes go through one task that
 //! owns the only connection: whatever waits when it is free becomes one transaction (so a hundred registrations cost
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use rows::{AuthKeyRow, Loaded, NodeFacts, NodeRow, UserRow};
+pub use rows::{AuthKeyRow, Loaded, NodeFacts, NodeRow, PolicyRow, UserRow};
 
 /// Jobs that may wait for the writer. When it is full, whoever asks waits: nothing is lost.
 const QUEUE: usize = 1024;
@@ -29,6 +29,10 @@ pub enum Write {
     InsertNode(NodeRow),
     UpdateNode(NodeRow),
     DeleteNode(i64),
+    /// In the place of the network's former one.
+    SetPolicy(PolicyRow),
+    /// Of the network with this name.
+    DeletePolicy(String),
 }
 
 /// Why the database could not be opened or changed.

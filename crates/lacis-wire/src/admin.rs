@@ -6,6 +6,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -104,6 +105,7 @@ impl std::fmt::Debug for CreatedKey {
 }
 
 /// `GET /tailnets/{tailnet}/nodes`; `POST …/nodes/{node}/rename` with [`RenameNode`]; `POST …/nodes/{node}/expire`;
+/// `POST …/nodes/{node}/approve-routes` with [`ApproveRoutes`]; `POST …/nodes/{node}/tags` with [`SetTags`];
 /// `DELETE …/nodes/{node}`. `{node}` is an id, a name or an address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeInfo {
@@ -130,6 +132,130 @@ pub struct NodeInfo {
     pub last_seen: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
     pub key_expiry: Option<OffsetDateTime>,
+    /// Announced or approved, sorted.
+    #[serde(default)]
+    pub routes: Vec<RouteInfo>,
+}
+
+/// A route of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteInfo {
+    pub route: IpNet,
+    /// The node announces it now.
+    pub advertised: bool,
+    /// Who approved it. Others use it when it is announced and approved.
+    pub approved: Option<Approval>,
+    /// Of the routers of this network it is the one that others use. Exit routes have none.
+    pub primary: bool,
+}
+
+/// Who approved a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Approval {
+    /// An administrator.
+    Hand,
+    /// The policy's `autoApprovers`.
+    Policy,
+}
+
+/// The routes of a node that are approved by hand: these and no others. Either exit route stands for both.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApproveRoutes {
+    pub routes: Vec<IpNet>,
+}
+
+/// The tags that a node is to have, in place of its owner or of others; at least one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetTags {
+    pub tags: Vec<String>,
+}
+
+/// Where a network's policy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicySource {
+    /// Set by [`SetPolicy`].
+    Database,
+    /// In a file that the configuration names.
+    File,
+    /// In the configuration itself.
+    Configuration,
+}
+
+/// How a policy is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyFormat {
+    /// JSON, with comments and trailing commas if need be.
+    #[default]
+    Hujson,
+    Yaml,
+}
+
+/// `GET /tailnets/{tailnet}/policy`; `PUT` with [`SetPolicy`]; `DELETE`: everybody reaches everything again;
+/// `POST …/policy/check` with [`SetPolicy`], answered by a list of [`PolicyProblem`]s to be warned of;
+/// `POST …/policy/reload`: the file is read again. A policy that cannot be used is refused with status 422, a line for
+/// each problem. `GET …/population` has users and nodes as `lacis policy --nodes` reads them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyInfo {
+    pub source: PolicySource,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// As it was given. `None`: there is no policy, and everybody reaches everything.
+    pub text: Option<String>,
+    pub format: PolicyFormat,
+    /// What of it is not honoured.
+    pub warnings: Vec<PolicyProblem>,
+    /// What is wrong with it, or why a newer version of it is not in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub since: Option<OffsetDateTime>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetPolicy {
+    pub text: String,
+    #[serde(default)]
+    pub format: PolicyFormat,
+    /// What messages call it: the file that it was read from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Something about a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyProblem {
+    /// Line and column from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<usize>,
+    /// Where in the document, such as `acls[0].dst[1]`.
+    pub place: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
+}
+
+impl std::fmt::Display for PolicyProblem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let (Some(line), Some(column)) = (self.line, self.column) {
+            write!(f, "{line}:{column}: ")?;
+        }
+        if !self.place.is_empty() {
+            write!(f, "{}: ", self.place)?;
+        }
+        f.write_str(&self.message)?;
+        match &self.help {
+            Some(help) => write!(f, " ({help})"),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,6 +281,26 @@ pub struct RegistrationInfo {
 pub struct ApproveRegistration {
     pub tailnet: String,
     pub user: String,
+}
+
+/// An SSH session that waits for an administrator: `GET /ssh-checks`, `POST /ssh-checks/{id}` with
+/// [`DecideSshCheck`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SshCheckInfo {
+    pub id: String,
+    /// Names of nodes.
+    pub from: String,
+    pub to: String,
+    /// As whom, on the node that it goes to.
+    pub user: String,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DecideSshCheck {
+    pub approve: bool,
 }
 
 /// Why a request failed, and what to do.

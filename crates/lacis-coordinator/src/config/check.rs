@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use lacis_policy::{Format, Policy, Problem};
+
 use super::position::Positions;
-use super::problem::Problem;
+use super::problem;
 use super::scalars::is_label;
-use super::types::Config;
+use super::types::{Config, PolicySetting};
 
 /// A DNS name has 253 characters at most, and a node's label 63 and a dot.
 const MAX_DOMAIN: usize = 253 - 64;
 
-pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> {
+pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::Problem> {
     let mut problems = Vec::new();
-    let mut wrong = |path: &[&str], message: String| problems.push(Problem::at(positions, path, message));
+    let mut wrong =
+        |path: &[&str], message: String| problems.push(problem::Problem::at(positions, path, message));
 
     let host = config.server_url.0.host();
     let mut domains: BTreeMap<&str, &str> = BTreeMap::new();
@@ -44,6 +47,13 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> 
             if split.parse::<super::Domain>().is_err() {
                 let message = "expected a DNS name, such as corp.example.org";
                 wrong(&["tailnets", name, "dns", "split", split], message.to_owned());
+            }
+        }
+        if let Some(policy) = &tailnet.policy {
+            for (place, message) in policy_problems(policy) {
+                let mut path = vec!["tailnets", name, "policy"];
+                path.extend(place.iter().map(String::as_str));
+                wrong(&path, message);
             }
         }
     }
@@ -95,4 +105,30 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<Problem> 
     }
     problems.sort_by_key(|problem| problem.position);
     problems
+}
+
+/// What is wrong with a policy that stands in the configuration, and where in it.
+fn policy_problems(policy: &PolicySetting) -> Vec<(Vec<String>, String)> {
+    if let Some(path) = policy.path() {
+        let absolute = path.as_str().is_some_and(|path| path.parse::<super::AbsolutePath>().is_ok());
+        if !absolute {
+            return vec![(vec!["path".to_owned()], "expected the policy file's absolute path".to_owned())];
+        }
+        let other = policy.0.keys().find(|key| *key != "path");
+        let message = "a policy is either in the file of `path` or here: take one of them away";
+        return other.map(|key| (vec![key.clone()], message.to_owned())).into_iter().collect();
+    }
+    let text = serde_json::Value::from(policy.0.clone()).to_string();
+    let Err(invalid) = Policy::parse(&text, Format::HuJson) else { return Vec::new() };
+    let said = |problem: Problem| {
+        let help = problem.help.map(|help| format!(" ({help})")).unwrap_or_default();
+        (steps(&problem.place), format!("{}{help}", problem.message))
+    };
+    invalid.problems.into_iter().map(said).collect()
+}
+
+/// `acls[0].dst[1]` as the steps to it.
+fn steps(place: &str) -> Vec<String> {
+    let pieces = place.split(['.', '[', ']']).filter(|piece| !piece.is_empty());
+    pieces.map(|piece| piece.trim_matches('"').to_owned()).collect()
 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use lacis_wire::control::{DerpMap, DerpNode, DerpRegion};
 
+use crate::core::policy::PolicySource;
 use crate::core::{CoreConfig, TailnetConfig};
 
 use super::scalars::Ip;
-use super::types::{Config, EmbeddedRelaySettings, Region, RelayNode, Tailnet};
+use super::types::{Config, EmbeddedRelaySettings, PolicySetting, Region, RelayNode, Tailnet};
 
 /// How a DERP map says that a relay has no STUN.
 const NO_STUN: i32 = -1;
@@ -115,5 +116,6 @@ fn core_tailnet(name: &str, tailnet: &Tailnet) -> TailnetConfig {
             .iter()
             .map(|record| (record.name.0.clone(), record.address.0))
             .collect(),
+        policy: tailnet.policy.as_ref().map_or(PolicySource::Database, PolicySetting::source),
     }
 }

@@ -1,6 +1,7 @@
 //! Configurations that work, and the exact words for those that do not.
 
 use super::*;
+use crate::core::policy::PolicySource;
 
 const SMALLEST: &str = r#"server_url: https://mesh.example.org
 listen: ["0.0.0.0:8080"]
@@ -132,7 +133,7 @@ fn each_bad_file_is_told_where_and_what_in_one_line() {
         (with_line(3, "state_dir: state"),
          "c.yaml:3:12: /state_dir: expected an absolute path, such as /var/lib/lacis-coordinator, found \"state\"".into()),
         (with_line(5, "  lab: lab.example.org"),
-         "c.yaml:5:8: /tailnets/lab: expected keys (dns, domain), found \"lab.example.org\"".into()),
+         "c.yaml:5:8: /tailnets/lab: expected keys (dns, domain, policy), found \"lab.example.org\"".into()),
         (with_line(5, "  Lab: { domain: lab.example.org }"),
          "c.yaml:5:8: /tailnets/Lab: a network's name has lower-case letters, digits and hyphens only, such as lab".into()),
         (with_line(5, "  lab: { domain: example.org }"),
@@ -226,4 +227,25 @@ fn the_relay_map_has_the_embedded_relay_and_the_declared_ones() {
             "STUNPort": -1, "IPv6": "2001:db8::1", "InsecureForTests": true
         })
     );
+}
+
+#[test]
+fn a_policy_is_here_or_in_a_file_and_its_problems_have_their_place() {
+    let with =
+        |policy: &str| with_line(5, &format!("  lab: {{ domain: lab.example.org, policy: {policy} }}"));
+    let source =
+        |policy: &str| Config::parse("c.yaml", &with(policy)).unwrap().core().tailnets[0].policy.clone();
+    assert_eq!(source("{ path: /etc/p.yaml }"), PolicySource::File("/etc/p.yaml".into()));
+    let PolicySource::Configuration(text) = source("{ acls: [] }") else { panic!("it is here") };
+    assert_eq!(text, r#"{"acls":[]}"#);
+    assert_eq!(
+        errors(&with("{ path: p.yaml }")),
+        "c.yaml:5:51: /tailnets/lab/policy/path: expected the policy file's absolute path"
+    );
+    assert!(
+        errors(&with("{ path: /p, acls: [] }")).contains("/tailnets/lab/policy/acls: a policy is either")
+    );
+    let unknown = errors(&with("{ acls: [{ action: accept, src: [\"group:none\"], dst: [\"*:*\"] }] }"));
+    assert!(unknown.starts_with("c.yaml:5:76: /tailnets/lab/policy/acls/0/src/0: "), "{unknown}");
+    assert!(unknown.contains("group:none"), "{unknown}");
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::core::policy::PolicySource;
+
 use super::scalars::{
     AbsolutePath, Address, AddressOrOff, Domain, Expiry, Ip, Nameserver, Prefix, ServerUrl, Span,
 };
@@ -113,6 +115,32 @@ pub struct Tailnet {
     /// What clients are told about DNS.
     #[serde(default)]
     pub dns: Dns,
+    /// Who may reach whom: the rules, as Tailscale and Headscale have them, or { path: FILE } with them in a file
+    /// (HuJSON, or YAML when its name ends so). Without it `lacis admin policy set` decides, and until then
+    /// everybody reaches everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "BTreeMap<String, serde_json::Value>")]
+    pub policy: Option<PolicySetting>,
+}
+
+/// The policy of a network, or the file that has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PolicySetting(pub serde_json::Map<String, serde_json::Value>);
+
+impl PolicySetting {
+    /// The file's name, where the setting is one (no policy has such a key).
+    pub fn path(&self) -> Option<&serde_json::Value> {
+        self.0.get("path")
+    }
+
+    /// Where the policy is.
+    pub fn source(&self) -> PolicySource {
+        match self.path().and_then(serde_json::Value::as_str) {
+            Some(path) => PolicySource::File(path.into()),
+            None => PolicySource::Configuration(serde_json::Value::from(self.0.clone()).to_string()),
+        }
+    }
 }
 
 /// DNS of one network.

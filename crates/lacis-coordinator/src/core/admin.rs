@@ -1,6 +1,7 @@
 //! What an administrator does: users, auth keys, and nodes by hand.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lacis_wire::admin::{CreateKey, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo, TailnetInfo, UserInfo};
@@ -9,8 +10,9 @@ use time::OffsetDateTime;
 
 use super::record::{NodeRecord, UserRecord};
 use super::registration::Refused;
+use super::tags::is_tag;
 use super::tailnet::{Tailnet, What};
-use super::{Core, auth_key, names, now};
+use super::{Core, auth_key, names, now, routes};
 use crate::store::{self, AuthKeyRow, UserRow, Write};
 
 /// How long a key can be used when nothing is said.
@@ -38,6 +40,17 @@ pub enum AdminError {
     BadTag(String),
     #[error("a key is for a user or for tags, and not for both")]
     UserOrTags,
+    #[error("the policy does not know {0:?}")]
+    UnknownTag(String),
+    #[error("a node needs at least one tag, or an owner")]
+    NoTags,
+    /// A line for each problem.
+    #[error("{0}")]
+    BadPolicy(String),
+    #[error("the policy of this network is the file {path}")]
+    PolicyInFile { path: PathBuf },
+    #[error("the policy of this network is in the coordinator's configuration")]
+    PolicyInConfiguration,
     #[error(transparent)]
     Refused(#[from] Refused),
     #[error(transparent)]
@@ -50,10 +63,10 @@ fn moment(seconds: i64) -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 
-fn is_tag(tag: &str) -> bool {
-    let Some(name) = tag.strip_prefix("tag:") else { return false };
-    name.starts_with(|c: char| c.is_ascii_alphabetic())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+impl AdminError {
+    pub(super) fn no_node(name: &str) -> Self {
+        not_found("node", name)
+    }
 }
 
 impl Core {
@@ -350,5 +363,6 @@ fn node_info(tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {
         created: moment(node.created),
         last_seen: if node.online { Some(moment(now())) } else { node.last_seen.map(moment) },
         key_expiry: node.key_expiry.map(moment),
+        routes: routes::list(&snapshot, node),
     }
 }

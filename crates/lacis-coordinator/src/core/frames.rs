@@ -1,50 +1,89 @@
 //! Frames of a map stream: the first, and those that tell what changed.
 //!
-//! A frame of changes is the same for all who see the same, so it is encoded (and compressed) once and shared; only a
-//! viewer that is itself among the changed gets one of its own.
+//! Each viewer is told of the peers that the policy lets it see, as it sees them, and of its own filter. Most changes
+//! are the same for many: a frame of changes is encoded (and compressed) once for all that are owed the same ([`Owed`]);
+//! only a viewer that is told of itself gets one of its own.
 
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use lacis_wire::control::{FilterRule, NodeId, PeerChange, UserProfile};
+use lacis_policy::SshRule;
+use lacis_wire::control::{FilterRule, NodeId, PeerChange, UserId, UserProfile};
 use lacis_wire::mapframe::{self, Compression};
 use serde::Serialize;
 use serde_json::value::RawValue;
-use std::collections::{BTreeMap, VecDeque};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::record::NodeRecord;
+use super::owed::{Before, Owed};
+use super::record::{NodeRecord, Shown};
 use super::tailnet::{Change, Settings, Snapshot, What};
 
-/// Frames that are kept: listeners wake within moments of each other.
-const CACHED: usize = 16;
+/// Frames that are kept: listeners wake within moments of each other, and the policy divides them into groups.
+const CACHED: usize = 64;
 
-/// Which changes, and how they are written.
-type Span = (u64, u64, Compression);
+/// A frame that is being made, or is.
+type Slot = Arc<Mutex<Option<Bytes>>>;
 
 /// The latest shared frames.
 #[derive(Debug, Default)]
-pub(super) struct FrameCache(Mutex<VecDeque<(Span, Bytes)>>);
+pub(super) struct FrameCache(Mutex<VecDeque<(Key, Slot)>>);
+
+/// What a frame says, and how it is written.
+#[derive(Debug, PartialEq)]
+struct Key {
+    from: u64,
+    to: u64,
+    compression: Compression,
+    owed: Owed,
+}
 
 impl FrameCache {
-    /// The frame for these changes, made by `build` if it is not there. The lock is held while it is made: the others
-    /// that wake for the same change wait for it instead of making it too.
+    /// The frame for these changes, made by `build` if it is not there. Others that are owed the same wait for it
+    /// instead of making it too.
     fn get(
         &self,
-        span: Span,
-        build: impl FnOnce() -> Result<Bytes, mapframe::Error>,
+        key: Key,
+        build: impl FnOnce(&Owed) -> Result<Bytes, mapframe::Error>,
     ) -> Result<Bytes, mapframe::Error> {
         let mut frames = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, frame)) = frames.iter().find(|(of, _)| *of == span) {
+        let known = frames.iter().rev().find(|(of, _)| *of == key).map(|(_, slot)| Arc::clone(slot));
+        let Some(slot) = known else {
+            let owed = key.owed.clone();
+            let slot = Slot::default();
+            // Nobody else has it: this does not wait.
+            let mut made = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            if frames.len() == CACHED {
+                frames.pop_front();
+            }
+            frames.push_back((key, Arc::clone(&slot)));
+            drop(frames);
+            let frame = build(&owed)?;
+            *made = Some(frame.clone());
+            return Ok(frame);
+        };
+        drop(frames);
+        let mut made = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(frame) = &*made {
             return Ok(frame.clone());
         }
-        let frame = build()?;
-        if frames.len() == CACHED {
-            frames.pop_front();
-        }
-        frames.push_back((span, frame.clone()));
+        // Whoever began failed.
+        let frame = build(&key.owed)?;
+        *made = Some(frame.clone());
         Ok(frame)
+    }
+}
+
+#[derive(Serialize)]
+struct SshPolicy {
+    rules: Vec<serde_json::Value>,
+}
+
+impl SshPolicy {
+    fn of(rules: &[SshRule], settings: &Settings) -> Self {
+        Self { rules: rules.iter().map(|rule| rule.to_wire(&settings.server_url)).collect() }
     }
 }
 
@@ -59,10 +98,12 @@ struct First<'a> {
     dns_config: &'a RawValue,
     domain: &'a str,
     collect_services: bool,
-    packet_filters: BTreeMap<&'static str, Vec<FilterRule>>,
+    packet_filters: BTreeMap<&'static str, &'a [FilterRule]>,
+    #[serde(rename = "SSHPolicy", skip_serializing_if = "Option::is_none")]
+    ssh_policy: Option<SshPolicy>,
     user_profiles: Vec<UserProfile>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    peers: Vec<&'a RawValue>,
+    peers: Vec<Cow<'a, RawValue>>,
     debug: Switches,
 }
 
@@ -78,12 +119,16 @@ struct Delta<'a> {
     control_time: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     node: Option<lacis_wire::control::Node>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packet_filters: Option<BTreeMap<&'static str, &'a [FilterRule]>>,
+    #[serde(rename = "SSHPolicy", skip_serializing_if = "Option::is_none")]
+    ssh_policy: Option<SshPolicy>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     user_profiles: Vec<UserProfile>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    peers_changed: Vec<&'a RawValue>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    peers_removed: Vec<NodeId>,
+    peers_changed: Vec<Cow<'a, RawValue>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    peers_removed: &'a [NodeId],
     #[serde(skip_serializing_if = "Vec::is_empty")]
     peers_changed_patch: Vec<PeerChange>,
 }
@@ -98,6 +143,9 @@ fn encode<T: Serialize>(message: &T, compression: Compression) -> Result<Bytes, 
     mapframe::encode(&lacis_wire::control::to_json(message), compression)
 }
 
+/// The name under which clients keep the filter.
+const FILTER: &str = "base";
+
 /// Everything `viewer` may know.
 pub(super) fn first(
     settings: &Settings,
@@ -106,32 +154,39 @@ pub(super) fn first(
     with_peers: bool,
     compression: Compression,
 ) -> Result<Bytes, mapframe::Error> {
-    let mut users: Vec<_> = snapshot.nodes.iter().map(|node| node.user).collect();
-    users.sort_unstable();
-    users.dedup();
-    let peers = snapshot.nodes.iter().filter(|node| with_peers && node.id != viewer.id);
+    let network = &snapshot.network;
+    let mut users = vec![viewer.user];
+    let mut peers = Vec::new();
+    if with_peers {
+        for node in network.peers(viewer.id).filter_map(|id| snapshot.node(id)) {
+            users.push(node.user);
+            peers.push(node.peer_json(&settings.domain, &Shown::of(network, viewer.id, node.id)));
+        }
+    }
+    let filter = network.filter(viewer.id);
+    let ssh = network.ssh_rules(viewer.id);
     encode(
         &First {
             control_time: control_time(),
-            node: viewer.self_node(&settings.domain),
+            node: viewer.self_node(&settings.domain, network),
             derp_map: &settings.derp_map,
             dns_config: &settings.dns,
             domain: &settings.domain,
             collect_services: false,
-            packet_filters: BTreeMap::from([("base", vec![FilterRule::allow_all()])]),
-            user_profiles: users.into_iter().map(|user| snapshot.profile(user)).collect(),
-            peers: peers.map(|node| node.peer_json(&settings.domain)).collect(),
+            packet_filters: BTreeMap::from([(FILTER, filter.as_slice())]),
+            ssh_policy: (!ssh.is_empty()).then(|| SshPolicy::of(&ssh, settings)),
+            user_profiles: profiles(snapshot, users),
+            peers,
             debug: Switches { disable_log_tail: true },
         },
         compression,
     )
 }
 
-/// What one node's changes amount to.
-enum Sum {
-    Whole,
-    Removed,
-    Patch(PeerChange),
+fn profiles(snapshot: &Snapshot, mut users: Vec<Option<UserId>>) -> Vec<UserProfile> {
+    users.sort_unstable();
+    users.dedup();
+    users.into_iter().map(|user| snapshot.profile(user)).collect()
 }
 
 fn merge(into: &mut PeerChange, from: &PeerChange) {
@@ -151,74 +206,61 @@ fn merge(into: &mut PeerChange, from: &PeerChange) {
     }
 }
 
-/// The frame for these changes as `viewer` is to be sent it.
+/// What the patches of each of these nodes amount to, where that is anything.
+fn patches(changes: &[Change], nodes: &[NodeId]) -> Vec<PeerChange> {
+    let mut sums: BTreeMap<NodeId, PeerChange> =
+        nodes.iter().map(|id| (*id, PeerChange { node_id: *id, ..PeerChange::default() })).collect();
+    for change in changes {
+        if let Change::Node { node, what: What::Patch(patch) | What::PatchAndSelf(patch) } = change
+            && let Some(sum) = sums.get_mut(node)
+        {
+            merge(sum, patch);
+        }
+    }
+    sums.retain(|id, sum| *sum != PeerChange { node_id: *id, ..PeerChange::default() });
+    sums.into_values().collect()
+}
+
+/// The frame for these changes as `viewer` is to be sent it; `None` when nothing of them concerns it. What it knew
+/// before is `before`.
 pub(super) fn delta(
     settings: &Settings,
     cache: &FrameCache,
     changes: &[Change],
-    snapshot: &Arc<Snapshot>,
+    before: &Before,
+    snapshot: &Snapshot,
     viewer: NodeId,
     compression: Compression,
 ) -> Result<Option<Bytes>, mapframe::Error> {
-    let own = changes.iter().any(|change| change.node == viewer);
-    if own && changes.iter().all(|change| change.node == viewer && matches!(change.what, What::Patch(_))) {
-        return Ok(None);
-    }
-    let build = || {
-        let mut sums: BTreeMap<NodeId, Sum> = BTreeMap::new();
-        let mut tell_itself = false;
-        for Change { node, what } in changes {
-            if *node == viewer {
-                tell_itself |= !matches!(what, What::Patch(_));
-                continue;
-            }
-            let sum = match (what, sums.remove(node)) {
-                (What::Removed, _) => Sum::Removed,
-                (What::Whole, _) | (_, Some(Sum::Whole | Sum::Removed)) => Sum::Whole,
-                (What::Patch(patch) | What::PatchAndSelf(patch), None) => Sum::Patch(patch.clone()),
-                (What::Patch(patch) | What::PatchAndSelf(patch), Some(Sum::Patch(mut sum))) => {
-                    merge(&mut sum, patch);
-                    Sum::Patch(sum)
-                }
-            };
-            sums.insert(*node, sum);
-        }
-        let itself = snapshot.node(viewer).filter(|_| tell_itself);
-        let mut frame = Delta {
-            control_time: control_time(),
-            node: itself.map(|node| node.self_node(&settings.domain)),
-            user_profiles: Vec::new(),
-            peers_changed: Vec::new(),
-            peers_removed: Vec::new(),
-            peers_changed_patch: Vec::new(),
-        };
+    let Some(owed) = Owed::find(changes, before, snapshot, viewer) else { return Ok(None) };
+    let itself = if owed.itself { snapshot.node(viewer) } else { None };
+    let build = |owed: &Owed| {
         // It may be somebody else's now.
         let mut users: Vec<_> = itself.map(|node| node.user).into_iter().collect();
-        for (id, sum) in sums {
-            match (sum, snapshot.node(id)) {
-                (Sum::Whole, Some(node)) => {
-                    users.push(node.user);
-                    frame.peers_changed.push(node.peer_json(&settings.domain));
-                }
-                (Sum::Patch(patch), Some(_)) => {
-                    let nothing = PeerChange { node_id: id, ..PeerChange::default() };
-                    if patch != nothing {
-                        frame.peers_changed_patch.push(patch);
-                    }
-                }
-                (Sum::Removed | Sum::Whole | Sum::Patch(_), _) => frame.peers_removed.push(id),
+        let mut peers_changed = Vec::with_capacity(owed.changed.len());
+        for (id, shown) in &owed.changed {
+            if let Some(node) = snapshot.node(*id) {
+                users.push(node.user);
+                peers_changed.push(node.peer_json(&settings.domain, shown));
             }
         }
-        users.sort_unstable();
-        users.dedup();
-        frame.user_profiles = users.into_iter().map(|user| snapshot.profile(user)).collect();
+        let frame = Delta {
+            control_time: control_time(),
+            node: itself.map(|node| node.self_node(&settings.domain, &snapshot.network)),
+            packet_filters: owed.filter.as_ref().map(|rules| BTreeMap::from([(FILTER, rules.as_slice())])),
+            ssh_policy: owed.ssh.as_deref().map(|rules| SshPolicy::of(rules, settings)),
+            user_profiles: profiles(snapshot, users),
+            peers_changed,
+            peers_removed: &owed.removed,
+            peers_changed_patch: patches(changes, &owed.patched),
+        };
         encode(&frame, compression)
     };
-    if own {
-        return build().map(Some);
+    if itself.is_some() {
+        return build(&owed).map(Some);
     }
-    let cursor = snapshot.head - changes.len() as u64;
-    cache.get((cursor, snapshot.head, compression), build).map(Some)
+    let from = snapshot.head - changes.len() as u64;
+    cache.get(Key { from, to: snapshot.head, compression, owed }, build).map(Some)
 }
 
 #[cfg(test)]

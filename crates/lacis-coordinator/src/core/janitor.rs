@@ -1,14 +1,14 @@
 //! What happens by itself: nodes that went away, keys that expire, ephemeral nodes, and writing what may wait.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lacis_wire::control::PeerChange;
 use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
-use super::{Core, now};
+use super::{Core, now, presence};
 use crate::store::Write;
 
 /// Expiry and absence are known in seconds.
@@ -29,6 +29,7 @@ pub(super) async fn run(core: Core) {
         ticks = ticks.wrapping_add(1);
         for tailnet in core.0.tailnets.values() {
             let gone = sweep(tailnet, timeout, now());
+            presence::look_after_routers(tailnet, Instant::now());
             for node in gone {
                 // It may have come back while others were deleted.
                 let left = tailnet.lock().state.leaving.get(&node.id).copied();
@@ -44,11 +45,12 @@ pub(super) async fn run(core: Core) {
             flush(&core).await;
         }
         core.0.pending.forget_old(now());
+        core.0.ssh_checks.forget_old(now());
     }
 }
 
 /// Marks what is away or expired, and returns the ephemeral nodes whose time is over.
-fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRecord>> {
+pub(super) fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRecord>> {
     let mut gone = Vec::new();
     let mut locked = tailnet.lock();
     let snapshot = locked.snapshot();
@@ -59,10 +61,14 @@ fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRecord>> {
             locked.state.leaving.remove(&id);
             continue;
         };
-        if node.online {
-            let last_seen = OffsetDateTime::from_unix_timestamp(now).ok();
-            let patch = PeerChange { node_id: id, online: Some(false), last_seen, ..PeerChange::default() };
-            let away = NodeRecord { online: false, last_seen: Some(now), ..(**node).clone() };
+        if node.online || node.routing {
+            let mut patch = PeerChange { node_id: id, ..PeerChange::default() };
+            let mut away = NodeRecord { online: false, routing: false, ..(**node).clone() };
+            if node.online {
+                patch.online = Some(false);
+                patch.last_seen = OffsetDateTime::from_unix_timestamp(now).ok();
+                away.last_seen = Some(now);
+            }
             locked.put(away, What::Patch(patch));
             locked.state.dirty.insert(id);
         }

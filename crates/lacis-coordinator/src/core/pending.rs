@@ -13,6 +13,8 @@ const LIFETIME_SECONDS: i64 = 15 * 60;
 const LIMIT: usize = 1024;
 /// The longest text of a host that is kept.
 const TEXT: usize = 255;
+/// Tags that are kept.
+const TAGS: usize = 32;
 
 /// One that waits.
 #[derive(Clone, Debug)]
@@ -67,6 +69,13 @@ impl Pending {
             hostinfo: Hostinfo {
                 hostname: hostinfo.hostname.chars().take(TEXT).collect(),
                 os: hostinfo.os.chars().take(TEXT).collect(),
+                // One that is too long is no tag, and refused.
+                request_tags: hostinfo
+                    .request_tags
+                    .iter()
+                    .take(TAGS)
+                    .map(|tag| tag.chars().take(TEXT).collect())
+                    .collect(),
                 ..Hostinfo::default()
             },
             version,

@@ -1,12 +1,15 @@
 //! A node and a user as the core holds them, and as the wire shows them.
 //!
-//! Records are immutable and shared: a change makes a new one. The JSON that peers are sent is made once a record.
+//! Records are immutable and shared: a change makes a new one. The JSON that peers are sent is made once a record,
+//! except of nodes that show different peers different things: routers, by policy.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
+use lacis_policy::{Network, PeerRoutes};
 use lacis_wire::control::{CapMap, Hostinfo, Node, NodeId, UserId, UserProfile, display_text};
 use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
 use serde_json::value::RawValue;
@@ -76,10 +79,15 @@ pub struct NodeRecord {
     pub disco_key: Option<DiscoKey>,
     pub cap: u16,
     pub tags: Vec<String>,
+    /// Routes approved by hand, sorted: announced or not, they stay.
+    pub approved: Vec<IpNet>,
     pub ephemeral: bool,
     pub key_expiry: Option<i64>,
     pub last_seen: Option<i64>,
     pub online: bool,
+    /// Counts as there when routers are chosen. It follows `online`, except for a moment after the start of the
+    /// program (routers come back before they are given up) and while its session is open and does not answer.
+    pub routing: bool,
     pub expired: bool,
     pub(super) peer_json: OnceLock<Box<RawValue>>,
 }
@@ -93,6 +101,7 @@ impl Clone for NodeRecord {
             hostinfo: Arc::clone(&self.hostinfo),
             endpoints: self.endpoints.clone(),
             tags: self.tags.clone(),
+            approved: self.approved.clone(),
             peer_json: OnceLock::new(),
             ..*self
         }
@@ -122,10 +131,12 @@ impl NodeRecord {
             disco_key: facts.disco_key,
             cap: facts.cap,
             tags: facts.tags,
+            approved: row.approved_routes,
             ephemeral: facts.ephemeral,
             key_expiry: facts.key_expiry,
             last_seen: facts.last_seen,
-            online: false,
+            online: facts.online,
+            routing: false,
             expired: false,
             peer_json: OnceLock::new(),
         }
@@ -143,6 +154,7 @@ impl NodeRecord {
             v4: self.v4,
             v6: self.v6,
             auth_key: self.auth_key.clone(),
+            approved_routes: self.approved.clone(),
             created: self.created,
             record: NodeFacts {
                 hostinfo: (*self.hostinfo).clone(),
@@ -153,6 +165,7 @@ impl NodeRecord {
                 ephemeral: self.ephemeral,
                 key_expiry: self.key_expiry,
                 last_seen: self.last_seen,
+                online: self.online,
             },
         }
     }
@@ -169,7 +182,7 @@ impl NodeRecord {
         self.hostinfo.net_info.as_ref().map_or(0, |info| info.preferred_derp)
     }
 
-    /// What nodes of the network see of each other.
+    /// What peers see of it, routes apart: those depend on who looks.
     fn wire(&self, domain: &str) -> Node {
         let addresses: Vec<IpNet> = self.addresses().into_iter().map(IpNet::from).collect();
         // An expired node is not to be contacted; clients take what they are sent.
@@ -206,27 +219,71 @@ impl NodeRecord {
         }
     }
 
-    /// The node as its peers are sent it.
-    pub fn peer_json(&self, domain: &str) -> &RawValue {
-        self.peer_json.get_or_init(|| {
-            serde_json::value::to_raw_value(&self.wire(domain)).unwrap_or_else(|_| RawValue::NULL.to_owned())
-        })
+    /// The node as a peer is sent it.
+    pub(super) fn peer_json(&self, domain: &str, shown: &Shown) -> Cow<'_, RawValue> {
+        if shown.is_plain(self) {
+            let made = || to_raw(&self.wire(domain));
+            return Cow::Borrowed(self.peer_json.get_or_init(made));
+        }
+        let mut node = self.wire(domain);
+        node.allowed_ips = Some(shown.addresses.iter().chain(&shown.routes.allowed).copied().collect());
+        node.addresses.clone_from(&shown.addresses);
+        node.primary_routes.clone_from(&shown.routes.primary);
+        node.cap_map.clone_from(&shown.caps);
+        Cow::Owned(to_raw(&node))
     }
 
-    /// The node as it is sent itself: with its capabilities.
-    pub fn self_node(&self, domain: &str) -> Node {
+    /// The node as it is sent itself: with its capabilities, and all its approved routes.
+    pub(super) fn self_node(&self, domain: &str, network: &Network) -> Node {
         let flag = || None;
-        let cap_map: CapMap = BTreeMap::from([
+        let mut cap_map: CapMap = BTreeMap::from([
             ("https://tailscale.com/cap/is-admin".to_owned(), flag()),
             ("https://tailscale.com/cap/ssh".to_owned(), flag()),
             ("https://tailscale.com/cap/file-sharing".to_owned(), flag()),
             ("default-auto-update".to_owned(), Some(vec![false.into()])),
         ]);
+        let given = network.attributes(self.id);
+        cap_map.extend(given.iter().map(|(name, values)| (name.clone(), values.clone())));
         let mut node = self.wire(domain);
-        node.hostinfo.net_info = self.hostinfo.net_info.clone();
+        node.addresses = network.addresses(self.id);
+        let approved = network.approved(self.id);
+        node.allowed_ips = Some(node.addresses.iter().chain(&approved).copied().collect());
+        let primary = |route: &&IpNet| network.primary(route) == Some(self.id);
+        node.primary_routes = approved.iter().filter(primary).copied().collect();
+        node.hostinfo.net_info.clone_from(&self.hostinfo.net_info);
         node.online = None;
         node.last_seen = None;
         node.cap_map = cap_map;
         node
+    }
+}
+
+fn to_raw(node: &Node) -> Box<RawValue> {
+    serde_json::value::to_raw_value(node).unwrap_or_else(|_| RawValue::NULL.to_owned())
+}
+
+/// What one viewer is shown of a peer beyond its record.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Shown {
+    addresses: Vec<IpNet>,
+    routes: PeerRoutes,
+    caps: CapMap,
+}
+
+impl Shown {
+    pub(super) fn of(network: &Network, viewer: NodeId, peer: NodeId) -> Self {
+        Self {
+            addresses: network.addresses(peer),
+            routes: network.routes(viewer, peer),
+            caps: network.peer_caps(viewer, peer),
+        }
+    }
+
+    /// Is it what everybody sees of it?
+    fn is_plain(&self, node: &NodeRecord) -> bool {
+        self.routes.allowed.is_empty()
+            && self.routes.primary.is_empty()
+            && self.caps.is_empty()
+            && self.addresses.iter().map(IpNet::addr).eq(node.addresses())
     }
 }

@@ -32,8 +32,8 @@ pub enum Refused {
     Deleted,
     #[error("a node key of zeros is no identity")]
     ZeroKey,
-    #[error("requested tags are invalid or not permitted: the auth key decides the tags of a node")]
-    Tags,
+    #[error("requested tags [{0}] are invalid or not permitted")]
+    Tags(String),
     #[error("no free address in this network")]
     NoAddress,
     #[error("registration failed; ask the administrator to look at the coordinator's log")]
@@ -47,6 +47,8 @@ pub enum Refused {
 pub struct Applicant {
     pub machine: MachineKey,
     pub node_key: NodeKey,
+    /// The key that this one replaces; zeros for none.
+    pub old_node_key: NodeKey,
     pub hostinfo: Hostinfo,
     pub version: u16,
     /// It asked for its key to expire by then.
@@ -59,6 +61,8 @@ struct Identity {
     tags: Vec<String>,
     ephemeral: bool,
     auth_key: Option<String>,
+    /// It is spent already, by this very node.
+    spent: bool,
 }
 
 pub type Member = (Arc<Tailnet>, Arc<NodeRecord>);
@@ -74,32 +78,50 @@ impl Core {
         let key = self.auth_key(key)?;
         let tailnet = Arc::clone(self.tailnet(&key.tailnet).ok_or(Refused::UnknownKey)?);
         let user = key.user.map(UserId);
-        let existing = Self::of_machine(&tailnet, &applicant.machine, user);
-        // A container gives its key at every start: the same node with the same key needs no valid one.
-        if let Some(node) =
-            existing.as_ref().filter(|node| node.node_key == applicant.node_key && !node.expired)
-        {
-            return Ok(self.refresh(&tailnet, node, applicant));
-        }
-        // A key with tags takes a node over from its user: it stays the same node.
-        let existing = existing.or_else(|| match self.find(&applicant.node_key) {
-            Some((of, node)) if user.is_none() && Arc::ptr_eq(&of, &tailnet) => Some(node),
-            _ => None,
+        let asked = &applicant.hostinfo.request_tags;
+        // A key with tags decides alone; a user's lets its node ask for those that the user owns.
+        let (owner, tags) = match user {
+            Some(user) if !asked.is_empty() => (None, tailnet.tags_for(user, asked)?),
+            user => (user, key.tags.clone()),
+        };
+        let existing = Self::of_machine(&tailnet, &applicant.machine, owner);
+        let holder = self.find(&applicant.node_key).filter(|(of, _)| Arc::ptr_eq(of, &tailnet));
+        let holder = holder.map(|(_, node)| node);
+        // A container gives its key at every start: the same node with the same key needs no valid one. It may have
+        // got tags since it joined with that key.
+        let same = existing.clone().or_else(|| {
+            holder.clone().filter(|node| node.user.is_none() && node.auth_key.as_deref() == Some(&key.id))
         });
-        if existing.is_none() && !applicant.hostinfo.request_tags.is_empty() && key.user.is_some() {
-            return Err(Refused::Tags);
+        if let Some(node) = same.filter(|node| {
+            node.node_key == applicant.node_key && !node.expired && (asked.is_empty() || node.tags == tags)
+        }) {
+            return Ok(self.refresh(&tailnet, &node, applicant));
         }
+        // A node that gets tags is taken over from its user: it stays the same node.
+        let existing = existing.or_else(|| holder.filter(|_| owner.is_none()));
         if key.revoked {
             return Err(Refused::KeyRevoked);
         }
         if key.expires.is_some_and(|expires| expires <= now()) {
             return Err(Refused::KeyExpired);
         }
-        if key.used && !key.reusable {
+        // A node that renews its own key may show what it joined with.
+        let renews = existing.as_ref().is_some_and(|node| {
+            node.auth_key.as_deref() == Some(&key.id)
+                && node.machine_key == applicant.machine
+                && node.node_key == applicant.old_node_key
+                && !node.expired
+        });
+        if key.used && !key.reusable && !renews {
             return Err(Refused::KeyUsed);
         }
-        let identity =
-            Identity { user, tags: key.tags, ephemeral: key.ephemeral, auth_key: Some(key.id.clone()) };
+        let identity = Identity {
+            user: owner,
+            tags,
+            ephemeral: key.ephemeral,
+            auth_key: Some(key.id.clone()),
+            spent: renews,
+        };
         let member = self.admit(&tailnet, existing, applicant, identity).await?;
         if let Some(key) = self.auth_keys().get_mut(&key.id) {
             key.used = true;
@@ -122,13 +144,16 @@ impl Core {
         let applicant = Applicant {
             machine: waiting.machine,
             node_key: waiting.node_key,
+            old_node_key: NodeKey::default(),
             hostinfo: waiting.hostinfo,
             version: waiting.version,
             expiry: None,
         };
         self.check_key_owner(&applicant)?;
-        let existing = Self::of_machine(tailnet, &applicant.machine, Some(user));
-        let identity = Identity { user: Some(user), tags: Vec::new(), ephemeral: false, auth_key: None };
+        let tags = tailnet.tags_for(user, &applicant.hostinfo.request_tags)?;
+        let owner = tags.is_empty().then_some(user);
+        let existing = Self::of_machine(tailnet, &applicant.machine, owner);
+        let identity = Identity { user: owner, tags, ephemeral: false, auth_key: None, spent: false };
         let member = self.admit(tailnet, existing, applicant, identity).await?;
         self.0.pending.approve(id);
         Ok(Some(member))
@@ -277,7 +302,8 @@ impl Core {
             (Some(_), _) => return Err(Refused::OtherNode),
             (None, _) => {}
         }
-        let mut writes: Vec<_> = identity.auth_key.clone().map(Write::SpendKey).into_iter().collect();
+        let spend = identity.auth_key.clone().filter(|_| !identity.spent);
+        let mut writes: Vec<_> = spend.map(Write::SpendKey).into_iter().collect();
         let node = match existing {
             Some(old) => {
                 let hostinfo = Arc::new(merged(&old.hostinfo, applicant.hostinfo));
@@ -334,6 +360,7 @@ impl Core {
                     v4: reserved.v4,
                     v6: reserved.v6,
                     auth_key: identity.auth_key,
+                    approved_routes: Vec::new(),
                     created: now(),
                     record: NodeFacts {
                         hostinfo: applicant.hostinfo,

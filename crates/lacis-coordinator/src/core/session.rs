@@ -3,18 +3,21 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use lacis_wire::control::{NodeId, PeerChange};
+use lacis_wire::control::{NodeId, PeerChange, to_json};
 use lacis_wire::key::NodeKey;
 use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::owed::Before;
 use super::record::NodeRecord;
 use super::tailnet::{Since, Tailnet, What};
-use super::{Core, frames, now};
+use super::{Core, frames, now, presence};
 
 /// A client that reconnects within this was never away.
-const GRACE_SECONDS: i64 = 5;
+pub(super) const GRACE_SECONDS: i64 = 5;
+/// The same for routers, for whom others may stand in: with the janitor's second it is at most three.
+const ROUTER_GRACE_SECONDS: i64 = 2;
 
 /// One open map stream. While it lives its node is online.
 pub struct Subscription {
@@ -25,6 +28,10 @@ pub struct Subscription {
     compression: Compression,
     cursor: u64,
     head: watch::Receiver<u64>,
+    /// What the policy made of the network when the last frame was sent.
+    before: Before,
+    /// Whether the client is still there.
+    questions: watch::Receiver<u64>,
     token: CancellationToken,
 }
 
@@ -58,7 +65,9 @@ impl Core {
         compression: Compression,
     ) -> Result<Option<(Subscription, Bytes)>, mapframe::Error> {
         let mut locked = tailnet.lock();
-        *locked.state.sessions.entry(node.id).or_default() += 1;
+        let presence = locked.state.sessions.entry(node.id).or_default();
+        presence.streams += 1;
+        let questions = presence.questions();
         locked.state.leaving.remove(&node.id);
         self.0.streams.inc();
         // From here on the node is counted; the subscription's end undoes it, whatever happens below.
@@ -70,13 +79,20 @@ impl Core {
             compression,
             cursor: 0,
             head: tailnet.watch(),
+            before: Before::of(&tailnet.snapshot()),
+            questions,
             token: self.0.token.clone(),
         };
         let current = locked.snapshot().node(node.id).filter(|now| now.node_key == node.node_key).cloned();
-        if let Some(current) = current.filter(|current| !current.online) {
-            let online = NodeRecord { online: true, ..(*current).clone() };
-            let patch = PeerChange { node_id: node.id, online: Some(true), ..PeerChange::default() };
+        if let Some(current) = current.filter(|current| !current.online || !current.routing) {
+            let online = NodeRecord { online: true, routing: true, ..(*current).clone() };
+            let mut patch = PeerChange { node_id: node.id, ..PeerChange::default() };
+            patch.online = (!current.online).then_some(true);
             locked.put(online, What::Patch(patch));
+            if !current.hostinfo.routable_ips.is_empty() {
+                // That it was there is asked at the next start.
+                locked.state.dirty.insert(node.id);
+            }
         }
         drop(locked);
         let first = subscription.whole()?;
@@ -102,6 +118,7 @@ impl Subscription {
     fn whole(&mut self) -> Result<Option<Bytes>, mapframe::Error> {
         let snapshot = self.tailnet.snapshot();
         self.cursor = snapshot.head;
+        self.before = Before::of(&snapshot);
         let Some(node) = snapshot.node(self.node).filter(|node| node.node_key == self.node_key) else {
             return Ok(None);
         };
@@ -122,11 +139,17 @@ impl Subscription {
                         return Ok(Next::End);
                     }
                 }
+                number = asked(&mut self.questions) => {
+                    let question = presence::question(&self.tailnet.settings.server_url, self.node, number);
+                    return mapframe::encode(&to_json(&question), self.compression).map(Next::Frame);
+                }
                 () = self.token.cancelled() => return Ok(Next::End),
             }
             let frame = match self.tailnet.since(self.cursor) {
                 // Clients take a list without peers for "as before": where all have gone, only a new stream says so.
-                Since::Lost if self.tailnet.snapshot().nodes.len() < 2 => return Ok(Next::End),
+                Since::Lost if self.tailnet.snapshot().network.peers(self.node).next().is_none() => {
+                    return Ok(Next::End);
+                }
                 Since::Lost => match self.whole()? {
                     Some(frame) => Some(frame),
                     None => return Ok(Next::End),
@@ -137,14 +160,19 @@ impl Subscription {
                         return Ok(Next::End);
                     }
                     let tailnet = &self.tailnet;
-                    frames::delta(
+                    let frame = frames::delta(
                         &tailnet.settings,
                         &tailnet.frames,
                         &changes,
+                        &self.before,
                         &snapshot,
                         self.node,
                         self.compression,
-                    )?
+                    )?;
+                    if self.before.rules != snapshot.rules {
+                        self.before = Before::of(&snapshot);
+                    }
+                    frame
                 }
             };
             if let Some(frame) = frame {
@@ -155,15 +183,26 @@ impl Subscription {
     }
 }
 
+/// Waits for the next question.
+async fn asked(questions: &mut watch::Receiver<u64>) -> u64 {
+    match questions.changed().await {
+        Ok(()) => *questions.borrow_and_update(),
+        // The node is gone, and the stream ends by that.
+        Err(_) => std::future::pending().await,
+    }
+}
+
 impl Drop for Subscription {
     fn drop(&mut self) {
         self.core.0.streams.dec();
         let mut locked = self.tailnet.lock();
-        if let Some(open) = locked.state.sessions.get_mut(&self.node) {
-            *open -= 1;
-            if *open == 0 {
+        if let Some(presence) = locked.state.sessions.get_mut(&self.node) {
+            presence.streams -= 1;
+            if presence.streams == 0 {
                 locked.state.sessions.remove(&self.node);
-                locked.state.leaving.insert(self.node, now() + GRACE_SECONDS);
+                let router = !locked.snapshot().network.approved(self.node).is_empty();
+                let grace = if router { ROUTER_GRACE_SECONDS } else { GRACE_SECONDS };
+                locked.state.leaving.insert(self.node, now() + grace);
             }
         }
     }

@@ -1,13 +1,15 @@
 //! One network: its nodes and users, the log of what changed, and who is listening.
 //!
-//! Whoever changes something holds the state's lock for a few lines: a new record, a new snapshot, one entry in the
-//! log. Listeners (map streams) wait for the log to grow, take what came since they last looked, and send it; what
-//! several of them are to be sent alike is encoded once (`frames`). A listener that fell behind the log begins anew.
+//! Whoever changes something holds the state's lock for a few lines: a new record, a new snapshot (with what the policy
+//! makes of it, where that depends on what changed), one entry in the log. Listeners (map streams) wait for the log to
+//! grow, take what came since they last looked, and send what concerns them; what several of them are to be sent alike
+//! is encoded once (`frames`). A listener that fell behind the log begins anew.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
+use lacis_policy::{Network, Policy};
 use lacis_wire::control::{NodeId, PeerChange, UserId, UserProfile};
 use lacis_wire::key::MachineKey;
 use serde_json::value::RawValue;
@@ -15,20 +17,26 @@ use tokio::sync::watch;
 
 use super::addresses::Addresses;
 use super::frames::FrameCache;
+use super::policy::{PolicySource, PolicyState};
+use super::presence::Presence;
 use super::record::{NodeRecord, TAGGED_USER, UserRecord, tagged_profile};
-use super::{names, now};
+use super::{names, now, rules};
 
 /// Changes that the log remembers: a listener further behind is sent everything.
 const LOG: usize = 2048;
 
 /// Everything of a network at one moment.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The number of the last change in it.
     pub head: u64,
     /// By id.
     pub nodes: Vec<Arc<NodeRecord>>,
     pub users: BTreeMap<UserId, Arc<UserRecord>>,
+    /// What the policy makes of them.
+    pub network: Network,
+    /// Another number is another `network`.
+    pub rules: u64,
 }
 
 impl Snapshot {
@@ -47,6 +55,22 @@ impl Snapshot {
     pub fn user_named(&self, name: &str) -> Option<&Arc<UserRecord>> {
         self.users.values().find(|user| user.name == name)
     }
+
+    fn put(&mut self, node: Arc<NodeRecord>) {
+        let at = self.nodes.binary_search_by_key(&node.id, |node| node.id);
+        if !at.is_ok_and(|at| rules::same(&self.nodes[at], &node)) {
+            self.rule(self.network.with_node(rules::node(&node)));
+        }
+        match at {
+            Ok(at) => self.nodes[at] = node,
+            Err(at) => self.nodes.insert(at, node),
+        }
+    }
+
+    fn rule(&mut self, network: Network) {
+        self.network = network;
+        self.rules += 1;
+    }
 }
 
 /// What happened to one node.
@@ -62,9 +86,13 @@ pub enum What {
 }
 
 #[derive(Clone, Debug)]
-pub struct Change {
-    pub node: NodeId,
-    pub what: What,
+pub enum Change {
+    Node {
+        node: NodeId,
+        what: What,
+    },
+    /// The policy or the users: whom it concerns, the two networks before and after know.
+    Rules,
 }
 
 /// What never changes while the program runs.
@@ -72,9 +100,13 @@ pub struct Change {
 pub struct Settings {
     pub name: String,
     pub domain: String,
+    /// Without a slash at its end.
+    pub server_url: String,
     /// Parts of the first frame, encoded once.
     pub derp_map: Box<RawValue>,
     pub dns: Box<RawValue>,
+    /// Where the policy comes from; a policy in the configuration itself may be replaced by a newer one.
+    pub policy: PolicySource,
 }
 
 #[derive(Debug, Default)]
@@ -82,13 +114,12 @@ pub struct State {
     pub addresses: Addresses,
     pub names: HashMap<String, NodeId>,
     pub by_machine: HashMap<MachineKey, Vec<NodeId>>,
-    /// Open map streams a node.
-    pub sessions: HashMap<NodeId, usize>,
+    /// Of nodes with open map streams.
+    pub sessions: HashMap<NodeId, Presence>,
     /// When a node whose last stream ended counts as away (Unix seconds).
     pub leaving: HashMap<NodeId, i64>,
     /// Nodes whose facts in the database are older than these.
     pub dirty: HashSet<NodeId>,
-    log: VecDeque<Change>,
 }
 
 impl State {
@@ -106,7 +137,12 @@ pub struct Tailnet {
     pub settings: Settings,
     state: Mutex<State>,
     current: ArcSwap<Snapshot>,
+    /// Its lock is held for moments only: listeners need not wait while a change is worked out under the state's.
+    log: Mutex<VecDeque<Change>>,
     head: watch::Sender<u64>,
+    pub(super) policy: Mutex<PolicyState>,
+    /// Policies are set one after another.
+    pub(super) policy_turn: tokio::sync::Mutex<()>,
     pub(super) frames: FrameCache,
 }
 
@@ -126,7 +162,12 @@ pub enum Since {
 }
 
 impl Tailnet {
-    pub fn new(settings: Settings, users: Vec<UserRecord>, mut nodes: Vec<NodeRecord>) -> Self {
+    pub fn new(
+        settings: Settings,
+        policy: &Policy,
+        users: Vec<UserRecord>,
+        mut nodes: Vec<NodeRecord>,
+    ) -> Self {
         let mut state = State::default();
         nodes.sort_by_key(|node| node.id);
         for node in &mut nodes {
@@ -140,13 +181,17 @@ impl Tailnet {
             state.names.insert(node.name.clone(), node.id);
             state.by_machine.entry(node.machine_key).or_default().push(node.id);
         }
-        let nodes = nodes.into_iter().map(Arc::new).collect();
+        let nodes: Vec<_> = nodes.into_iter().map(Arc::new).collect();
         let users = users.into_iter().map(|user| (user.id, Arc::new(user))).collect();
+        let network = Network::compile(policy, rules::population(&users, &nodes));
         Self {
             settings,
             state: Mutex::new(state),
-            current: ArcSwap::from_pointee(Snapshot { head: 0, nodes, users }),
+            current: ArcSwap::from_pointee(Snapshot { head: 0, nodes, users, network, rules: 0 }),
+            log: Mutex::default(),
             head: watch::Sender::new(0),
+            policy: Mutex::default(),
+            policy_turn: tokio::sync::Mutex::default(),
             frames: FrameCache::default(),
         }
     }
@@ -168,10 +213,9 @@ impl Tailnet {
 
     /// The changes after `cursor`, with the snapshot that has them all.
     pub fn since(&self, cursor: u64) -> Since {
-        let locked = self.lock();
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let snapshot = self.snapshot();
         let behind = snapshot.head.saturating_sub(cursor) as usize;
-        let log = &locked.state.log;
         if behind > log.len() {
             return Since::Lost;
         }
@@ -189,11 +233,13 @@ impl Editing<'_> {
         edit(&mut next);
         next.head += 1;
         let head = next.head;
+        let mut log = self.tailnet.log.lock().unwrap_or_else(PoisonError::into_inner);
         self.tailnet.current.store(Arc::new(next));
-        if self.state.log.len() == LOG {
-            self.state.log.pop_front();
+        if log.len() == LOG {
+            log.pop_front();
         }
-        self.state.log.push_back(change);
+        log.push_back(change);
+        drop(log);
         self.tailnet.head.send_replace(head);
     }
 
@@ -201,20 +247,15 @@ impl Editing<'_> {
     pub fn put(&mut self, node: NodeRecord, what: What) -> Arc<NodeRecord> {
         let node = Arc::new(node);
         let put = Arc::clone(&node);
-        self.publish(Change { node: node.id, what }, |next| {
-            match next.nodes.binary_search_by_key(&put.id, |node| node.id) {
-                Ok(at) => next.nodes[at] = put,
-                Err(at) => next.nodes.insert(at, put),
-            }
-        });
+        self.publish(Change::Node { node: node.id, what }, |next| next.put(put));
         node
     }
 
     /// Puts a node in place of the one with its id without telling anybody: what changed is seen by nobody else.
     pub fn note(&mut self, node: NodeRecord) {
         let mut next = (*self.snapshot()).clone();
-        if let Ok(at) = next.nodes.binary_search_by_key(&node.id, |node| node.id) {
-            next.nodes[at] = Arc::new(node);
+        if next.node(node.id).is_some() {
+            next.put(Arc::new(node));
             self.tailnet.current.store(Arc::new(next));
         }
     }
@@ -233,27 +274,34 @@ impl Editing<'_> {
         self.state.sessions.remove(&id);
         self.state.leaving.remove(&id);
         self.state.dirty.remove(&id);
-        self.publish(Change { node: id, what: What::Removed }, |next| {
+        self.publish(Change::Node { node: id, what: What::Removed }, |next| {
             next.nodes.retain(|node| node.id != id);
+            next.rule(next.network.without_node(id));
         });
     }
 
-    /// Adds, changes or removes a user. Nodes are told with the next node of theirs.
+    /// Adds, changes or removes a user. Nodes are told their profile with the next node of theirs.
     pub fn edit_users(&mut self, edit: impl FnOnce(&mut BTreeMap<UserId, Arc<UserRecord>>)) {
-        let mut next = (*self.snapshot()).clone();
-        edit(&mut next.users);
-        self.tailnet.current.store(Arc::new(next));
+        self.publish(Change::Rules, |next| {
+            edit(&mut next.users);
+            next.rule(next.network.with_users(rules::users(&next.users)));
+        });
+    }
+
+    /// Applies another policy to everybody, at once.
+    pub fn govern(&mut self, policy: &Policy) {
+        self.publish(Change::Rules, |next| next.rule(next.network.with_policy(policy)));
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use lacis_wire::key::{MachinePrivateKey, NodePrivateKey};
 
     use super::*;
     use crate::store::{NodeFacts, NodeRow};
 
-    fn node(id: i64, name: &str) -> NodeRecord {
+    pub(in crate::core) fn node(id: i64, name: &str) -> NodeRecord {
         NodeRecord::from_row(NodeRow {
             id,
             tailnet: "lab".to_owned(),
@@ -265,19 +313,22 @@ mod tests {
             v4: [100, 64, 0, u8::try_from(id).unwrap()].into(),
             v6: [0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, u16::try_from(id).unwrap()].into(),
             auth_key: None,
+            approved_routes: Vec::new(),
             created: 0,
             record: NodeFacts::default(),
         })
     }
 
-    fn network(nodes: Vec<NodeRecord>) -> Tailnet {
+    pub(in crate::core) fn network(nodes: Vec<NodeRecord>) -> Tailnet {
         let settings = Settings {
             name: "lab".to_owned(),
             domain: "lab.example.com".to_owned(),
+            server_url: String::new(),
             derp_map: RawValue::NULL.to_owned(),
             dns: RawValue::NULL.to_owned(),
+            policy: PolicySource::Database,
         };
-        Tailnet::new(settings, Vec::new(), nodes)
+        Tailnet::new(settings, &Policy::allow_all(), Vec::new(), nodes)
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the tables hold, in Rust.
 
+use ipnet::IpNet;
 use lacis_wire::control::Hostinfo;
 use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ pub struct Loaded {
     pub users: Vec<UserRow>,
     pub keys: Vec<AuthKeyRow>,
     pub nodes: Vec<NodeRow>,
+    pub policies: Vec<PolicyRow>,
     /// The highest ids ever given: they are never given again.
     pub last_user: i64,
     pub last_node: i64,
@@ -54,8 +56,20 @@ pub struct NodeRow {
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
     pub auth_key: Option<String>,
+    /// By hand, whether the node announces them or not.
+    pub approved_routes: Vec<IpNet>,
     pub created: i64,
     pub record: NodeFacts,
+}
+
+/// A network's policy as an administrator set it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyRow {
+    pub tailnet: String,
+    pub text: String,
+    /// `hujson` or `yaml`.
+    pub format: String,
+    pub changed: i64,
 }
 
 /// What a node told of itself, and the rest that no query asks for.
@@ -70,4 +84,6 @@ pub struct NodeFacts {
     pub ephemeral: bool,
     pub key_expiry: Option<i64>,
     pub last_seen: Option<i64>,
+    /// When this was written.
+    pub online: bool,
 }

@@ -9,7 +9,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSyn
 use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection};
 use tokio::sync::mpsc;
 
-use super::rows::{AuthKeyRow, Loaded, NodeRow, UserRow};
+use super::rows::{AuthKeyRow, Loaded, NodeRow, PolicyRow, UserRow};
 use super::{Error, Job, Write};
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
@@ -137,8 +137,17 @@ pub(super) async fn load(connection: &mut SqliteConnection, path: &Path) -> Resu
             v4: text(&row, "v4", path)?,
             v6: text(&row, "v6", path)?,
             auth_key: row.try_get("auth_key").map_err(failed)?,
+            approved_routes: json(&row, "approved_routes", path)?,
             created: row.try_get("created").map_err(failed)?,
             record: json(&row, "record", path)?,
+        });
+    }
+    for row in sqlx::query("SELECT * FROM policies").fetch_all(&mut *connection).await.map_err(failed)? {
+        loaded.policies.push(PolicyRow {
+            tailnet: row.try_get("tailnet").map_err(failed)?,
+            text: row.try_get("text").map_err(failed)?,
+            format: row.try_get("format").map_err(failed)?,
+            changed: row.try_get("changed").map_err(failed)?,
         });
     }
     for row in sqlx::query("SELECT name, seq FROM sqlite_sequence")
@@ -245,8 +254,8 @@ async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), E
         }
         Write::RevokeKey(id) => sqlx::query("UPDATE auth_keys SET revoked = 1 WHERE id = ?").bind(id),
         Write::InsertNode(node) => sqlx::query(
-            "INSERT INTO nodes (node_key, machine_key, user_id, name, name_is_given, auth_key, record, id, tailnet, v4, v6, created) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO nodes (node_key, machine_key, user_id, name, name_is_given, auth_key, approved_routes, record, id, tailnet, v4, v6, created) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(node.node_key.to_string())
         .bind(node.machine_key.to_string())
@@ -254,6 +263,7 @@ async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), E
         .bind(&node.name)
         .bind(node.name_is_given)
         .bind(&node.auth_key)
+        .bind(to_json(&node.approved_routes)?)
         .bind(to_json(&node.record)?)
         .bind(node.id)
         .bind(&node.tailnet)
@@ -261,7 +271,7 @@ async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), E
         .bind(node.v6.to_string())
         .bind(node.created),
         Write::UpdateNode(node) => sqlx::query(
-            "UPDATE nodes SET node_key = ?, machine_key = ?, user_id = ?, name = ?, name_is_given = ?, auth_key = ?, record = ? \
+            "UPDATE nodes SET node_key = ?, machine_key = ?, user_id = ?, name = ?, name_is_given = ?, auth_key = ?, approved_routes = ?, record = ? \
              WHERE id = ?",
         )
         .bind(node.node_key.to_string())
@@ -270,9 +280,18 @@ async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), E
         .bind(&node.name)
         .bind(node.name_is_given)
         .bind(&node.auth_key)
+        .bind(to_json(&node.approved_routes)?)
         .bind(to_json(&node.record)?)
         .bind(node.id),
         Write::DeleteNode(id) => sqlx::query("DELETE FROM nodes WHERE id = ?").bind(id),
+        Write::SetPolicy(policy) => sqlx::query(
+            "INSERT OR REPLACE INTO policies (tailnet, text, format, changed) VALUES (?, ?, ?, ?)",
+        )
+        .bind(&policy.tailnet)
+        .bind(&policy.text)
+        .bind(&policy.format)
+        .bind(policy.changed),
+        Write::DeletePolicy(tailnet) => sqlx::query("DELETE FROM policies WHERE tailnet = ?").bind(tailnet),
     };
     query.execute(connection).await.map_err(refused)?;
     Ok(())
