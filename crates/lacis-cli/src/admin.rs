@@ -1,4 +1,7 @@
-//! `lacis admin`: users, keys and nodes of a coordinator on this machine, over its Unix socket.
+//! `lacis admin`: users, keys, nodes and policies of a coordinator on this machine, over its Unix socket.
+
+mod nodes;
+mod policy;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,8 +10,8 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use http::Method;
 use lacis_wire::admin::{
-    self, ApproveRegistration, CreateKey, CreateUser, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo,
-    RenameNode, TailnetInfo, UserInfo,
+    self, ApproveRegistration, CreateKey, CreateUser, CreatedKey, DecideSshCheck, KeyInfo, NodeInfo,
+    RegistrationInfo, SshCheckInfo, TailnetInfo, UserInfo,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,8 +25,9 @@ use crate::{Failure, output};
 const CONFIG: &str = "/etc/lacis/coordinator.yaml";
 const NO_EXPIRY: &str = "never";
 
-#[derive(Debug, clap::Args)]
-pub(crate) struct Admin {
+/// Which coordinator is asked, and about which of its networks.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Where {
     /// The coordinator's configuration, by which its socket is found
     #[arg(long, value_name = "FILE", default_value = CONFIG, global = true)]
     config: PathBuf,
@@ -33,6 +37,12 @@ pub(crate) struct Admin {
     /// The network, where the coordinator has several
     #[arg(long, value_name = "NAME", global = true)]
     tailnet: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Admin {
+    #[command(flatten)]
+    coordinator: Where,
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
@@ -50,10 +60,16 @@ enum AdminCommand {
     Keys(Keys),
     /// Machines
     #[command(subcommand)]
-    Nodes(Nodes),
+    Nodes(nodes::Nodes),
+    /// Who may reach whom
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// Machines that wait for approval
     #[command(subcommand)]
     Registrations(Registrations),
+    /// SSH sessions that wait for approval
+    #[command(subcommand)]
+    SshChecks(SshChecks),
     /// Networks of this coordinator
     #[command(subcommand)]
     Tailnets(Tailnets),
@@ -100,20 +116,6 @@ enum Keys {
 }
 
 #[derive(Debug, Subcommand)]
-enum Nodes {
-    /// Show nodes
-    List,
-    /// Show one node: id, name or address
-    Show { node: String },
-    /// Give a node another name
-    Rename { node: String, name: String },
-    /// End a node's key: it must sign in again
-    Expire { node: String },
-    /// Remove a node
-    Delete { node: String },
-}
-
-#[derive(Debug, Subcommand)]
 enum Registrations {
     /// Show who waits
     List,
@@ -124,6 +126,16 @@ enum Registrations {
         #[arg(long)]
         user: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum SshChecks {
+    /// Show which sessions wait
+    List,
+    /// Let a session begin
+    Approve { id: String },
+    /// Refuse a session
+    Deny { id: String },
 }
 
 #[derive(Debug, Subcommand)]
@@ -149,41 +161,58 @@ fn socket_of(config: &Path) -> anyhow::Result<PathBuf> {
     Ok(config.admin_socket.unwrap_or_else(|| admin::default_socket(&config.state_dir)))
 }
 
-struct Coordinator {
+pub(crate) struct Coordinator {
     server: Server,
     tailnet: Option<String>,
     json: bool,
 }
 
-impl Admin {
-    pub(crate) async fn run(self) -> Result<(), Failure> {
+impl Where {
+    /// Was a coordinator asked for by name?
+    pub(crate) fn is_named(&self) -> bool {
+        self.tailnet.is_some() || self.admin_socket.is_some() || self.config != Path::new(CONFIG)
+    }
+
+    pub(crate) fn coordinator(self, json: bool) -> anyhow::Result<Coordinator> {
         let path = match self.admin_socket {
             Some(path) => path,
             None => socket_of(&self.config)?,
         };
-        let coordinator = Coordinator {
-            server: Server {
-                path,
-                what: "the coordinator",
-                host: "lacis-coordinator",
-                start: "is it running? try `systemctl status lacis-coordinator`",
-                permission: "use root, or become a member of the group `lacis`",
-            },
-            tailnet: self.tailnet,
-            json: self.json,
+        let server = Server {
+            path,
+            what: "the coordinator",
+            host: "lacis-coordinator",
+            start: "is it running? try `systemctl status lacis-coordinator`",
+            permission: "use root, or become a member of the group `lacis`",
         };
+        Ok(Coordinator { server, tailnet: self.tailnet, json })
+    }
+}
+
+impl Admin {
+    pub(crate) async fn run(self) -> Result<(), Failure> {
+        let coordinator = self.coordinator.coordinator(self.json)?;
         Ok(coordinator.run(self.command).await?)
     }
 }
 
 impl Coordinator {
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         Ok(self.server.json(Method::GET, &format!("{}{path}", admin::PREFIX), Vec::new()).await?)
     }
 
     async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        self.send_json(Method::POST, path, body).await
+    }
+
+    async fn send_json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> anyhow::Result<T> {
         let body = lacis_wire::control::to_json(body);
-        Ok(self.server.json(Method::POST, &format!("{}{path}", admin::PREFIX), body).await?)
+        Ok(self.server.json(method, &format!("{}{path}", admin::PREFIX), body).await?)
     }
 
     async fn send(&self, method: Method, path: &str) -> anyhow::Result<()> {
@@ -206,7 +235,8 @@ impl Coordinator {
         }
     }
 
-    async fn path(&self, rest: &str) -> anyhow::Result<String> {
+    /// A path about the network that is meant.
+    pub(crate) async fn path(&self, rest: &str) -> anyhow::Result<String> {
         Ok(format!("/tailnets/{}{rest}", escaped(&self.tailnet().await?)))
     }
 
@@ -215,7 +245,9 @@ impl Coordinator {
             AdminCommand::Users(command) => self.users(command).await,
             AdminCommand::Keys(command) => self.keys(command).await,
             AdminCommand::Nodes(command) => self.nodes(command).await,
+            AdminCommand::Policy(command) => self.policy(command).await,
             AdminCommand::Registrations(command) => self.registrations(command).await,
+            AdminCommand::SshChecks(command) => self.ssh_checks(command).await,
             AdminCommand::Tailnets(Tailnets::List) => {
                 let all: Vec<TailnetInfo> = self.get("/tailnets").await?;
                 let row = |one: &TailnetInfo| {
@@ -280,50 +312,6 @@ impl Coordinator {
         }
     }
 
-    async fn nodes(&self, command: Nodes) -> anyhow::Result<()> {
-        let of = |node: &str, rest: &str| format!("/nodes/{}{rest}", escaped(node));
-        match command {
-            Nodes::List => {
-                let all: Vec<NodeInfo> = self.get(&self.path("/nodes").await?).await?;
-                let row = |node: &NodeInfo| {
-                    let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
-                    let owner = node.user.clone().unwrap_or_else(|| node.tags.join(","));
-                    let state = match (node.expired, node.online) {
-                        (true, _) => "expired",
-                        (_, true) => "online",
-                        (_, false) => "offline",
-                    };
-                    vec![
-                        node.id.to_string(),
-                        node.name.clone(),
-                        owner,
-                        addresses.join(", "),
-                        state.to_owned(),
-                        moment(node.last_seen),
-                    ]
-                };
-                self.list(&["ID", "NAME", "OWNER", "ADDRESSES", "STATE", "LAST SEEN"], &all, row)
-            }
-            Nodes::Show { node } => {
-                let info: NodeInfo = self.get(&self.path(&of(&node, "")).await?).await?;
-                Ok(output::json(&info)?)
-            }
-            Nodes::Rename { node, name } => {
-                let path = self.path(&of(&node, "/rename")).await?;
-                let info: NodeInfo = self.post(&path, &RenameNode { name }).await?;
-                self.one(&info, || format!("{node} is now called {}", info.name))
-            }
-            Nodes::Expire { node } => {
-                self.send(Method::POST, &self.path(&of(&node, "/expire")).await?).await?;
-                self.done(format!("{node} must sign in again"))
-            }
-            Nodes::Delete { node } => {
-                self.send(Method::DELETE, &self.path(&of(&node, "")).await?).await?;
-                self.done(format!("{node} is deleted"))
-            }
-        }
-    }
-
     async fn registrations(&self, command: Registrations) -> anyhow::Result<()> {
         match command {
             Registrations::List => {
@@ -339,6 +327,31 @@ impl Coordinator {
                 let path = format!("/registrations/{}/approve", escaped(&id));
                 let node: NodeInfo = self.post(&path, &approval).await?;
                 self.one(&node, || format!("{} has joined", node.name))
+            }
+        }
+    }
+
+    async fn ssh_checks(&self, command: SshChecks) -> anyhow::Result<()> {
+        let decide = async |id: String, approve| {
+            let path = format!("/ssh-checks/{}", escaped(&id));
+            self.post::<()>(&path, &DecideSshCheck { approve }).await
+        };
+        match command {
+            SshChecks::List => {
+                let all: Vec<SshCheckInfo> = self.get("/ssh-checks").await?;
+                let row = |one: &SshCheckInfo| {
+                    let texts = [one.id.clone(), one.from.clone(), one.to.clone(), one.user.clone()];
+                    [texts.to_vec(), vec![moment(Some(one.created))]].concat()
+                };
+                self.list(&["ID", "FROM", "TO", "AS", "SINCE"], &all, row)
+            }
+            SshChecks::Approve { id } => {
+                decide(id, true).await?;
+                self.done("the session may begin".to_owned())
+            }
+            SshChecks::Deny { id } => {
+                decide(id, false).await?;
+                self.done("the session is refused".to_owned())
             }
         }
     }
