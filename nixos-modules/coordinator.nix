@@ -9,6 +9,12 @@ let
   cfg = config.services.lacis.coordinator;
   format = pkgs.formats.json { };
   checked = import ./checked-settings.nix { inherit lib pkgs; } "lacis-coordinator" cfg;
+  # Policies are read again while the coordinator runs; where they come from, and the rest, is not.
+  fixed = cfg.settings // {
+    tailnets = lib.mapAttrs (
+      _: tailnet: tailnet // { policy = tailnet.policy.path or (tailnet ? policy); }
+    ) cfg.settings.tailnets;
+  };
 in
 {
   options.services.lacis.coordinator = {
@@ -99,6 +105,8 @@ in
             description = "The networks of this coordinator, by name.";
             type = lib.types.attrsOf (
               lib.types.submodule {
+                # Among the rest is `policy`: its attributes are checked at build time, and a change of them reloads
+                # the coordinator instead of restarting it.
                 freeformType = format.type;
                 options.domain = lib.mkOption {
                   type = lib.types.nonEmptyStr;
@@ -140,7 +148,8 @@ in
     systemd.packages = [ cfg.package ];
     systemd.services.lacis-coordinator = {
       wantedBy = [ "multi-user.target" ];
-      restartTriggers = [ checked ];
+      restartTriggers = [ (builtins.toJSON fixed) ];
+      reloadTriggers = [ checked ];
       stopIfChanged = false;
     };
 
