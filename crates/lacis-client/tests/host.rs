@@ -205,3 +205,26 @@ async fn what_the_host_lacks_is_said() {
     assert_eq!(report.missing, Vec::<String>::new());
     host.revert().await;
 }
+
+#[tokio::test]
+async fn ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node() {
+    if outside("ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node") {
+        return;
+    }
+    device();
+    done("sysctl -qw net.ipv6.conf.lacis0.disable_ipv6=1");
+    let before = everything();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+    host.apply(&wish()).await.expect("it is set up");
+    let v6 = done("ip -6 route show table 52");
+    assert!(v6.contains("unreachable default"), "{v6}");
+    assert!(!run("ip -6 route get 2001:db8:7::1").0);
+    assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
+    done("sysctl -qw net.ipv6.conf.lacis0.disable_ipv6=0");
+    host.apply(&wish()).await.expect("it is set up");
+    let v6 = done("ip -6 route show table 52");
+    assert!(v6.contains("default dev lacis0") && !v6.contains("unreachable"), "{v6}");
+    host.revert().await;
+    assert_eq!(everything(), before);
+}

@@ -42,6 +42,18 @@ enum To {
     Device,
     /// Past the table, to what the host's other rules say.
     Throw,
+    /// Nowhere.
+    Nowhere,
+}
+
+impl To {
+    fn of(kind: RouteType) -> Self {
+        match kind {
+            RouteType::Throw => Self::Throw,
+            RouteType::Unreachable => Self::Nowhere,
+            _ => Self::Device,
+        }
+    }
 }
 
 type Route = (IpNet, To);
@@ -52,9 +64,9 @@ pub(super) struct Network {
     handle: Handle,
     _connection: AbortOnDropHandle<()>,
     warned_of_ipv6: bool,
-    /// Routes past the table that are ours: no device tells them from those of another daemon. `None` before the
-    /// first look, which takes those over that a crash has left.
-    thrown: Option<HashSet<IpNet>>,
+    /// Routes that lead into no device and are ours: nothing else tells them from those of another daemon. `None`
+    /// before the first look, which takes those over that a crash has left.
+    deviceless: Option<HashSet<Route>>,
 }
 
 fn failed(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> HostError {
@@ -71,7 +83,7 @@ impl Network {
     pub(super) fn open(options: HostOptions) -> Result<Self, HostError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(HostError::Open)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        Ok(Self { options, handle, _connection: connection, warned_of_ipv6: false, thrown: None })
+        Ok(Self { options, handle, _connection: connection, warned_of_ipv6: false, deviceless: None })
     }
 
     /// The device's index.
@@ -86,28 +98,37 @@ impl Network {
         }
     }
 
-    /// IPv6 can be switched off as a whole or for the device.
+    /// Can the device have IPv6? It can be switched off for that alone, or for the whole host.
     fn has_ipv6(&mut self) -> bool {
-        let off = |scope: &str| {
-            let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
-            std::fs::read_to_string(path).map_or(true, |text| text.trim() != "0")
-        };
-        let has = !off("all") && !off(&self.options.tun_name);
+        let has = !ipv6_is_off("all") && !ipv6_is_off(&self.options.tun_name);
         if !has && !std::mem::replace(&mut self.warned_of_ipv6, true) {
             tracing::warn!("IPv6 is switched off on this host: the mesh has only IPv4 here");
         }
         has
     }
 
+    /// What the table should have. IPv6 without the device is no way around an exit node.
+    fn wanted_routes(routes: &Routes, has_ipv6: bool) -> HashSet<Route> {
+        let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
+        let to = |list: &[IpNet], to| -> Vec<Route> {
+            list.iter().filter(usable).map(|net| (net.trunc(), to)).collect()
+        };
+        let blocked = routes.device.iter().filter(|net| !usable(net) && net.prefix_len() == 0);
+        to(&routes.device, To::Device)
+            .into_iter()
+            .chain(to(&routes.thrown, To::Throw))
+            .chain(blocked.map(|net| (*net, To::Nowhere)))
+            .collect()
+    }
+
     pub(super) async fn apply(&mut self, addresses: &[IpNet], routes: &Routes) -> Result<Report, HostError> {
         let has_ipv6 = self.has_ipv6();
         let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
         let addresses: HashSet<IpNet> = addresses.iter().filter(usable).copied().collect();
-        let to = |list: &[IpNet], to| -> Vec<Route> {
-            list.iter().filter(usable).map(|net| (net.trunc(), to)).collect()
-        };
-        let device = to(&routes.device, To::Device);
-        let routes: HashSet<Route> = device.into_iter().chain(to(&routes.thrown, To::Throw)).collect();
+        // Without IPv6 on the whole host there is nothing to block.
+        let has_rules = has_ipv6 || !ipv6_is_off("all");
+        let mut routes = Self::wanted_routes(routes, has_ipv6);
+        routes.retain(|(net, _)| has_rules || matches!(net, IpNet::V4(_)));
         let index = self.index().await?;
         let mut report = Report::default();
 
@@ -117,7 +138,7 @@ impl Network {
             ignore(added, libc::EEXIST).map_err(failed(format!("adding the address {net}")))?;
             report.changes += 1;
         }
-        self.rules(has_ipv6, &mut report).await?;
+        self.rules(has_rules, &mut report).await?;
         let there = self.routes(index).await?;
         let present: HashSet<Route> = there.iter().map(|(route, _)| *route).collect();
         // Before anything is taken away, so that there is no moment without a route.
@@ -125,21 +146,19 @@ impl Network {
             let route = self.route(*net, *to, index);
             let added = self.handle.route().add(route).replace().execute().await;
             added.map_err(failed(format!("adding the route to {net}")))?;
-            if *to == To::Throw {
-                self.thrown.get_or_insert_default().insert(*net);
+            if *to != To::Device {
+                self.deviceless.get_or_insert_default().insert((*net, *to));
             }
             report.changes += 1;
         }
         for (route, message) in there {
-            let (net, to) = route;
-            if !routes.contains(&route) {
-                let removed = self.handle.route().del(message).execute().await;
-                ignore(removed, libc::ESRCH).map_err(failed(format!("removing the route to {net}")))?;
-                report.changes += 1;
+            if routes.contains(&route) {
+                continue;
             }
-            if to == To::Throw && !routes.contains(&route) {
-                self.thrown.get_or_insert_default().remove(&net);
-            }
+            let removed = self.handle.route().del(message).execute().await;
+            ignore(removed, libc::ESRCH).map_err(failed(format!("removing the route to {}", route.0)))?;
+            self.deviceless.get_or_insert_default().remove(&route);
+            report.changes += 1;
         }
         for net in self.addresses(index).await?.difference(&addresses) {
             self.remove_address(index, *net).await?;
@@ -158,7 +177,7 @@ impl Network {
                 log(removed, &format!("removing the route to {net}"));
             }
         }
-        self.thrown = Some(HashSet::new());
+        self.deviceless = Some(HashSet::new());
         if let Ok(index) = index
             && let Ok(addresses) = self.addresses(index).await
         {
@@ -220,6 +239,7 @@ impl Network {
         match to {
             To::Device => message.attributes.push(RouteAttribute::Oif(index)),
             To::Throw => message.header.kind = RouteType::Throw,
+            To::Nowhere => message.header.kind = RouteType::Unreachable,
         }
         if to == To::Device && matches!(net, IpNet::V4(_)) {
             message.header.scope = RouteScope::Link;
@@ -227,7 +247,7 @@ impl Network {
         message
     }
 
-    /// The routes of our table that are ours: those that lead into the device, and those past the table.
+    /// The routes of our table that are ours: those that lead into the device, and those that lead into none.
     async fn routes(&mut self, index: u32) -> Result<Vec<(Route, RouteMessage)>, HostError> {
         let mut all = Vec::new();
         let mut of_others = false;
@@ -238,18 +258,18 @@ impl Network {
             let messages: Vec<_> = get.try_collect().await.map_err(failed("reading the routes"))?;
             for message in messages {
                 let Some((net, device)) = parse_route(&message, self.options.table) else { continue };
-                match (message.header.kind, device) {
-                    (RouteType::Throw, _) => all.push(((net, To::Throw), message)),
-                    (_, Some(device)) if device == index => all.push(((net, To::Device), message)),
-                    _ => of_others = true,
+                match (To::of(message.header.kind), device) {
+                    (To::Device, Some(device)) if device == index => all.push(((net, To::Device), message)),
+                    (To::Device, _) => of_others = true,
+                    (to, _) => all.push(((net, to), message)),
                 }
             }
         }
-        let thrown = self.thrown.get_or_insert_with(|| {
-            let found = all.iter().filter(|((_, to), _)| *to == To::Throw).map(|((net, _), _)| *net);
+        let deviceless = self.deviceless.get_or_insert_with(|| {
+            let found = all.iter().map(|(route, _)| *route).filter(|(_, to)| *to != To::Device);
             if of_others { HashSet::new() } else { found.collect() }
         });
-        all.retain(|((net, to), _)| *to == To::Device || thrown.contains(net));
+        all.retain(|(route, _)| route.1 == To::Device || deviceless.contains(route));
         Ok(all)
     }
 
@@ -342,6 +362,11 @@ impl Network {
         };
         ignore(added, libc::EEXIST).map_err(failed(format!("adding the routing rule {}", rule.priority)))
     }
+}
+
+fn ipv6_is_off(scope: &str) -> bool {
+    let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
+    std::fs::read_to_string(path).map_or(true, |text| text.trim() != "0")
 }
 
 /// The destination and the device of a route, if it is one of this table.
