@@ -1,13 +1,15 @@
 //! `lacis`: what a person types. Every command asks a daemon over its Unix socket and prints the answer; commands,
 //! flags, words and JSON are Tailscale's where there is a counterpart (the client dossier, sections 5 and 13).
 //!
-//! [`node`] has the commands of the node this runs on, [`admin`] those of the coordinator.
+//! [`node`] has the commands of the node this runs on, [`admin`] those of the coordinator, [`policy`] those that need
+//! neither.
 #![allow(clippy::print_stdout, reason = "its output is its purpose")]
 
 mod admin;
 mod http;
 mod node;
 mod output;
+mod policy;
 
 use std::path::PathBuf;
 
@@ -51,6 +53,8 @@ enum Command {
     Whois(node::whois::Whois),
     /// Show versions
     Version(node::version::Version),
+    /// Check, explain and compare policies
+    Policy(policy::Policy),
     /// Administer a coordinator on this machine
     Admin(admin::Admin),
 }
@@ -60,6 +64,8 @@ enum Command {
 pub enum Failure {
     /// To be printed.
     Error(anyhow::Error),
+    /// To be printed, by a command for which 1 is an answer: there was none.
+    Unanswered(anyhow::Error),
     /// Everything is said already.
     Quiet,
 }
@@ -99,6 +105,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Netcheck(netcheck) => netcheck.run(&daemon).await,
         Command::Whois(whois) => whois.run(&daemon).await,
         Command::Version(version) => version.run(&daemon).await,
+        Command::Policy(policy) => policy.run().await,
         Command::Admin(admin) => admin.run().await,
     }
 }

@@ -6,6 +6,9 @@ use std::process::ExitCode;
 use clap::Parser;
 use lacis_cli::{Arguments, Failure, one_line, run};
 
+/// How a command ends whose question could not be answered, where 1 would be an answer.
+const NO_ANSWER: u8 = 2;
+
 fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
@@ -29,6 +32,10 @@ fn main() -> ExitCode {
         Err(Failure::Error(error)) => {
             eprintln!("lacis: {}", one_line(&error));
             ExitCode::FAILURE
+        }
+        Err(Failure::Unanswered(error)) => {
+            eprintln!("lacis: {}", one_line(&error));
+            ExitCode::from(NO_ANSWER)
         }
     }
 }
