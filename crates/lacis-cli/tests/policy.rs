@@ -1,5 +1,7 @@
 //! `lacis policy` as a program: what it prints and how it ends, on the example of the documentation and on small ones.
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -207,6 +209,48 @@ fn show_is_a_table_or_the_filter_itself() {
     assert_eq!(rules[0]["DstPorts"][0]["Ports"]["First"], 443);
     let run = desk.run("show policy.hujson --nodes nodes.json --node bob");
     assert!(run.stdout.contains("nobody may send it anything"), "{}", run.stdout);
+}
+
+/// A coordinator's administration socket with one network, for as many questions as a command has.
+fn coordinator(desk: &Desk) {
+    let listener = UnixListener::bind(desk.0.path().join("admin.sock")).expect("a socket");
+    let policy = serde_json::json!({
+        "source": "database", "text": POLICY, "format": "hujson", "warnings": [], "since": null,
+    });
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut lines =
+                BufReader::new(stream.try_clone().expect("a connection")).lines().map_while(Result::ok);
+            let first = lines.next().unwrap_or_default();
+            lines.take_while(|line| !line.is_empty()).for_each(drop);
+            let body = match first.split(' ').nth(1) {
+                Some("/admin/v1/tailnets") => {
+                    r#"[{"name": "lab", "domain": "lab.test", "nodes": 5, "users": 2}]"#.to_owned()
+                }
+                Some("/admin/v1/tailnets/lab/population") => NODES.to_owned(),
+                Some("/admin/v1/tailnets/lab/policy") => policy.to_string(),
+                other => panic!("nobody should ask for {other:?}"),
+            };
+            let length = body.len();
+            write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}").expect("an answer");
+        }
+    });
+}
+
+#[test]
+fn a_running_coordinator_knows_who_there_is_and_what_is_in_force() {
+    let desk = Desk::new();
+    coordinator(&desk);
+    let run = desk.run("check policy.hujson --admin-socket admin.sock");
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    assert!(run.stdout.ends_with("its tests pass (5 nodes, 2 users)\n"), "{}", run.stdout);
+    let run =
+        desk.run("explain --from alice-phone --to web --port 443 --admin-socket admin.sock --tailnet lab");
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    assert!(run.stdout.contains("\n  policy:7:5: acls[0]: "), "{}", run.stdout);
+    let run = desk.run("show --node web --admin-socket admin.sock");
+    assert!(run.stdout.contains("alice-laptop, alice-phone  web  tcp+udp 443"), "{}", run.stdout);
 }
 
 #[test]
