@@ -10,7 +10,7 @@ fn filter() -> Filter {
     let local = ["100.64.0.1/32", "fd7a:115c:a1e0::1/128", "10.7.0.0/16", "0.0.0.0/0", "::/0"];
     let local: Vec<IpNet> = local.iter().filter_map(|net| net.parse().ok()).collect();
     let rule = FilterRule {
-        src_ips: vec!["100.64.0.0/10".to_owned(), "fd7a:115c:a1e0::/48".to_owned()],
+        src_ips: vec!["100.64.0.0/10".to_owned(), "fd7a:115c:a1e0::/48".to_owned()].into(),
         dst_ports: vec![NetPortRange { ip: "*".to_owned(), ports: PortRange { first: 1, last: 1023 } }],
         ..FilterRule::default()
     };

@@ -51,6 +51,11 @@ impl Facts {
         }
     }
 
+    /// Has it approved routes?
+    pub(crate) fn is_router(&self) -> bool {
+        !self.subnets.is_empty() || !self.exits.is_empty()
+    }
+
     /// Is it somebody's, and not a tagged one?
     pub(crate) fn is_owned(&self) -> bool {
         self.node.tags.is_empty() && self.node.user.is_some()

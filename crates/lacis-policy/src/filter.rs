@@ -1,8 +1,8 @@
 //! One node's packet filter: which rules apply to it, and what they come to on the wire.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 use lacis_wire::control::{CapGrant, FilterRule, NetPortRange};
@@ -10,99 +10,97 @@ use lacis_wire::control::{CapGrant, FilterRule, NetPortRange};
 use crate::facts::Facts;
 use crate::language::selector::Selector;
 use crate::program::{Access, Destination, Rule};
-use crate::ranges::Ranges;
+use crate::ranges::{Ranges, Sources};
 use crate::state::{INTERNET, State};
+
+static EVERYTHING: LazyLock<Ranges> = LazyLock::new(Ranges::everything);
+
+/// Destinations as a rule has them, and what may be done there.
+type Openings<'a> = Vec<(&'a Ranges, &'a [Access])>;
 
 /// One rule as it stands in one node's filter.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Share<'a> {
     pub(crate) rule: usize,
-    pub(crate) sources: Cow<'a, Ranges>,
-    /// Destinations that this node answers for, as the rule has them, with what may be done there.
-    pub(crate) to: Vec<(Ranges, &'a [Access])>,
+    pub(crate) sources: Arc<Sources>,
+    /// Destinations that this node answers for.
+    pub(crate) to: Openings<'a>,
     /// Own addresses at which the rule's capabilities hold.
     pub(crate) capable: Vec<IpAddr>,
-    /// Own addresses that are sources of a capability with a companion; `sources` are its destinations then.
+    /// The capability that destinations grant back; `sources` are the rule's destinations then.
     pub(crate) companion: Option<&'static str>,
 }
 
 impl State {
     /// What this node's filter has, rule by rule.
-    pub(crate) fn shares<'a>(&'a self, slot: usize, facts: &Facts) -> Vec<Share<'a>> {
+    pub(crate) fn shares<'a>(&'a self, slot: usize, facts: &'a Facts) -> Vec<Share<'a>> {
         let mut shares = Vec::new();
+        let mut push =
+            |rule, sources: Arc<Sources>, (to, capable): (Openings<'a>, Vec<IpAddr>), companion| {
+                let says = !to.is_empty() || !capable.is_empty();
+                if says && !sources.ranges.is_empty() {
+                    shares.push(Share { rule, sources, to, capable, companion });
+                }
+            };
         for (index, sides) in self.sides.iter().enumerate() {
             let rule = self.rule(index);
-            let own = rule.own.then(|| self.own_sources(index, facts)).filter(|own| !own.is_empty());
             if sides.applies.has(slot) {
-                let (to, capable) = self.destinations(rule, slot, facts, false);
-                push(&mut shares, index, Cow::Borrowed(&sides.ranges), to, capable);
+                push(index, Arc::clone(&sides.addresses), self.destinations(rule, slot, facts), None);
             }
-            if let Some(own) = own {
-                let sources = own.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own);
-                let (to, capable) = self.destinations(rule, slot, facts, true);
-                push(&mut shares, index, Cow::Owned(Ranges::union(sources)), to, capable);
+            if rule.own {
+                let own = self.addresses_in(&self.own_sources(index, facts));
+                push(index, Arc::new(own.into()), own_destinations(self, rule, facts), None);
             }
             if sides.sources.has(slot) {
                 for companion in &rule.companions {
-                    shares.extend(self.companion(index, facts, companion));
+                    let granting = self.granting(index, facts);
+                    push(
+                        index,
+                        Arc::new(granting.into()),
+                        (Vec::new(), facts.addresses.clone()),
+                        Some(*companion),
+                    );
                 }
             }
         }
         shares
     }
 
-    /// The addresses of a rule's destinations that this node answers for.
+    /// The addresses of a rule's destinations that this node answers for, `autogroup:self` aside.
     fn destinations<'a>(
-        &self,
+        &'a self,
         rule: &'a Rule,
         slot: usize,
-        facts: &Facts,
-        own: bool,
-    ) -> (Vec<(Ranges, &'a [Access])>, Vec<IpAddr>) {
+        facts: &'a Facts,
+    ) -> (Openings<'a>, Vec<IpAddr>) {
         let mut to = Vec::new();
         let mut capable = Vec::new();
-        let mut put = |ranges: Ranges, dst: &'a Destination, at: Vec<IpAddr>| {
+        let mut put = |ranges: &'a Ranges, dst: &'a Destination, here: bool| {
             if !dst.access.is_empty() {
                 to.push((ranges, &*dst.access));
             }
-            if !rule.app.is_empty() {
-                capable.extend(at);
+            if here && !rule.app.is_empty() {
+                capable.extend(facts.addresses.iter().copied().filter(|address| ranges.contains(*address)));
             }
         };
         for dst in &rule.dst {
             let set = &self.sets[dst.to];
+            let here = set.lands(slot) && rule.via.is_empty();
             match (self.selector(dst.to), &set.literal) {
-                (Selector::Own, _) => {
-                    if own {
-                        put(facts.own.clone(), dst, facts.addresses.clone());
-                    }
-                }
-                _ if own => {}
                 (Selector::Internet, _) => {
-                    let chosen =
-                        rule.via.is_empty() || rule.via.iter().any(|tag| facts.node.tags.contains(tag));
-                    if chosen && !facts.exits.is_empty() {
-                        put(INTERNET.clone(), dst, Vec::new());
+                    let tagged = |tag| facts.node.tags.contains(tag);
+                    if !facts.exits.is_empty() && (rule.via.is_empty() || rule.via.iter().any(tagged)) {
+                        put(&INTERNET, dst, false);
                     }
                 }
                 (_, Some(ranges)) => {
-                    let here = set.lands(slot) && rule.via.is_empty();
                     if here || ranges.overlaps(&facts.behind) {
-                        let at = facts
-                            .addresses
-                            .iter()
-                            .copied()
-                            .filter(|address| here && ranges.contains(*address));
-                        put(ranges.clone(), dst, at.collect());
+                        put(ranges, dst, here);
                     }
                 }
-                (selector, None) => {
-                    if set.nodes.has(slot) && rule.via.is_empty() {
-                        let all = *selector == Selector::Any;
-                        let ranges = if all { Ranges::everything() } else { facts.own.clone() };
-                        put(ranges, dst, facts.addresses.clone());
-                    }
-                }
+                (Selector::Any, None) if here => put(&EVERYTHING, dst, true),
+                (_, None) if here => put(&facts.own, dst, true),
+                _ => {}
             }
         }
         capable.sort_unstable();
@@ -110,31 +108,18 @@ impl State {
         (to, capable)
     }
 
-    /// The capability that destinations of a rule grant back: its sources here are the nodes that are destinations.
-    fn companion(&self, index: usize, facts: &Facts, companion: &'static str) -> Option<Share<'_>> {
-        let rule = self.rule(index);
-        let parts: Vec<Ranges> = rule
+    /// The destinations of a rule, as the sources of what they grant back.
+    fn granting(&self, index: usize, facts: &Facts) -> Ranges {
+        let parts: Vec<Ranges> = self
+            .rule(index)
             .dst
             .iter()
-            .map(|dst| match (self.selector(dst.to), &self.sets[dst.to].literal) {
-                (Selector::Any, _) => self.source_ranges(dst.to),
-                (Selector::Own, _) => {
-                    let own = self.own_sources(index, facts);
-                    Ranges::union(
-                        own.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own),
-                    )
-                }
-                (_, Some(ranges)) => ranges.clone(),
-                (_, None) => self.source_ranges(dst.to),
+            .map(|dst| match self.selector(dst.to) {
+                Selector::Own => self.addresses_in(&self.own_sources(index, facts)),
+                _ => self.span(dst.to).ranges.clone(),
             })
             .collect();
-        let sources = Ranges::union(&parts);
-        if sources.is_empty() {
-            return None;
-        }
-        let capable = facts.addresses.clone();
-        let sources = Cow::Owned(sources);
-        Some(Share { rule: index, sources, to: Vec::new(), capable, companion: Some(companion) })
+        Ranges::union(&parts)
     }
 
     pub(crate) fn same_shares(
@@ -171,7 +156,7 @@ impl State {
         let mut rules: Vec<FilterRule> = by_protocol
             .into_iter()
             .map(|(protocol, dst_ports)| FilterRule {
-                src_ips: sources.clone(),
+                src_ips: Arc::clone(&sources),
                 dst_ports,
                 ip_proto: protocol.into_iter().map(i32::from).collect(),
                 cap_grant: Vec::new(),
@@ -191,15 +176,11 @@ impl State {
     }
 }
 
-fn push<'a>(
-    shares: &mut Vec<Share<'a>>,
-    rule: usize,
-    sources: Cow<'a, Ranges>,
-    to: Vec<(Ranges, &'a [Access])>,
-    capable: Vec<IpAddr>,
-) {
-    let says = !to.is_empty() || !capable.is_empty();
-    if says && !sources.is_empty() {
-        shares.push(Share { rule, sources, to, capable, companion: None });
-    }
+/// The same for `autogroup:self`.
+fn own_destinations<'a>(state: &'a State, rule: &'a Rule, facts: &'a Facts) -> (Openings<'a>, Vec<IpAddr>) {
+    let own = || rule.dst.iter().filter(|dst| *state.selector(dst.to) == Selector::Own);
+    let to = own().filter(|dst| !dst.access.is_empty()).map(|dst| (&facts.own, &*dst.access)).collect();
+    let capable =
+        if rule.app.is_empty() || own().next().is_none() { Vec::new() } else { facts.addresses.clone() };
+    (to, capable)
 }

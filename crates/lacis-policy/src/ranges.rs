@@ -1,6 +1,7 @@
 //! Sets of addresses as sorted ranges, and sets of nodes as bits.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, OnceLock};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -166,6 +167,34 @@ impl Ranges {
     }
 }
 
+/// Addresses that a rule is about, with their texts once somebody has asked for them. Shared by all who have the rule.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sources {
+    pub(crate) ranges: Ranges,
+    texts: OnceLock<Arc<Vec<String>>>,
+}
+
+impl PartialEq for Sources {
+    fn eq(&self, other: &Self) -> bool {
+        self.ranges == other.ranges
+    }
+}
+
+impl Eq for Sources {}
+
+impl From<Ranges> for Sources {
+    fn from(ranges: Ranges) -> Self {
+        Self { ranges, texts: OnceLock::new() }
+    }
+}
+
+impl Sources {
+    /// See [`Ranges::texts`].
+    pub(crate) fn texts(&self) -> Arc<Vec<String>> {
+        Arc::clone(self.texts.get_or_init(|| Arc::new(self.ranges.texts())))
+    }
+}
+
 /// The range as a network, if it is one.
 fn as_net(first: IpAddr, last: IpAddr) -> Option<IpNet> {
     let net = match (first, last) {
@@ -223,10 +252,6 @@ impl Bits {
         }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
-    }
-
     pub(crate) fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.0.iter().enumerate().flat_map(|(at, word)| {
             let mut left = *word;
@@ -267,6 +292,6 @@ mod tests {
         bits.set(1, true);
         assert_eq!(bits.iter().collect::<Vec<_>>(), [1, 70]);
         bits.set(1, false);
-        assert!(bits.has(70) && !bits.has(1) && !bits.has(1000) && !bits.is_empty());
+        assert!(bits.has(70) && !bits.has(1) && !bits.has(1000));
     }
 }

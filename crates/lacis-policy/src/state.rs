@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use ipnet::IpNet;
-use lacis_wire::control::NodeId;
+use lacis_wire::control::{NodeId, UserId};
 
 use crate::facts::{Facts, literal, means_node, means_user};
 use crate::language::selector::Selector;
@@ -17,7 +17,7 @@ use crate::network::PeerRoutes;
 use crate::policy::Policy;
 use crate::population::{Node, Settings, User};
 use crate::program::Rule;
-use crate::ranges::{Bits, Ranges};
+use crate::ranges::{Bits, Ranges, Sources};
 use crate::routes::{Reach, Routes};
 
 /// Where nodes of a mesh have their addresses, less what a phone's container network has of it.
@@ -58,9 +58,16 @@ pub(crate) struct Set {
     pub(crate) literal: Option<Ranges>,
     /// As a destination it means no node: an IPv6 address of the mesh by itself, which Tailscale takes for nobody's.
     pub(crate) nobody: bool,
+    /// What it is about as a source, once somebody has asked.
+    span: OnceLock<Arc<Sources>>,
 }
 
 impl Set {
+    fn new(nodes: Bits, literal: Option<Ranges>) -> Self {
+        let nobody = is_mesh_v6(literal.as_ref());
+        Self { nodes, literal, nobody, span: OnceLock::new() }
+    }
+
     /// Is the node a destination by itself?
     pub(crate) fn lands(&self, slot: usize) -> bool {
         !self.nobody && self.nodes.has(slot)
@@ -74,7 +81,7 @@ pub(crate) struct Sides {
     pub(crate) sources: Bits,
     /// And those behind which sources are.
     pub(crate) from: Bits,
-    pub(crate) ranges: Ranges,
+    pub(crate) addresses: Arc<Sources>,
     /// Nodes whose peers include the sources.
     pub(crate) applies: Bits,
 }
@@ -87,6 +94,10 @@ pub(crate) struct State {
     /// In the order of ids; empty where a node has gone.
     pub(crate) slots: Vec<Option<Arc<Facts>>>,
     pub(crate) ids: HashMap<NodeId, usize>,
+    /// Nodes by the user that they belong to.
+    owned: HashMap<UserId, Arc<Bits>>,
+    /// Slots with approved routes.
+    routers: Vec<usize>,
     pub(crate) sets: Vec<Arc<Set>>,
     pub(crate) sides: Vec<Arc<Sides>>,
     /// By slot: who may send something here.
@@ -112,11 +123,14 @@ impl State {
             settings,
             slots,
             ids,
+            owned: HashMap::new(),
+            routers: Vec::new(),
             sets: Vec::new(),
             sides: Vec::new(),
             hears: Vec::new(),
             routes: Arc::default(),
         };
+        state.count();
         state.sets = state.all_sets();
         let rules = 0..state.policy.program().rules.len();
         state.sides = rules.map(|rule| Arc::new(state.sides_of(rule))).collect();
@@ -140,7 +154,6 @@ impl State {
     fn all_sets(&self) -> Vec<Arc<Set>> {
         let body = self.policy.body();
         let mut tagged: HashMap<&str, Bits> = HashMap::new();
-        let mut owned: HashMap<i64, Bits> = HashMap::new();
         let (mut all, mut with_tags) = (Bits::empty(self.slots.len()), Bits::empty(self.slots.len()));
         for (slot, facts) in self.slots.iter().enumerate() {
             let Some(facts) = facts else { continue };
@@ -148,9 +161,6 @@ impl State {
             with_tags.set(slot, !facts.node.tags.is_empty());
             for tag in &facts.node.tags {
                 tagged.entry(tag).or_default().set(slot, true);
-            }
-            if let Some(user) = facts.node.user.filter(|_| facts.is_owned()) {
-                owned.entry(user.0).or_default().set(slot, true);
             }
         }
         let set = |selector: &Selector| {
@@ -177,14 +187,31 @@ impl State {
                 }
                 (people, None) => {
                     for user in self.users.iter().filter(|user| means_user(body, people, user)) {
-                        nodes.add(owned.get(&user.id.0).unwrap_or(&Bits::default()));
+                        if let Some(own) = self.owned.get(&user.id) {
+                            nodes.add(own);
+                        }
                     }
                 }
             }
-            let nobody = is_mesh_v6(literal.as_ref());
-            Arc::new(Set { nodes, literal, nobody })
+            Arc::new(Set::new(nodes, literal))
         };
         self.policy.program().selectors.iter().map(set).collect()
+    }
+
+    /// Whose nodes are whose, and which have routes.
+    fn count(&mut self) {
+        let mut owned: HashMap<UserId, Bits> = HashMap::new();
+        self.routers.clear();
+        for (slot, facts) in self.slots.iter().enumerate() {
+            let Some(facts) = facts else { continue };
+            if let Some(user) = facts.node.user.filter(|_| facts.is_owned()) {
+                owned.entry(user).or_default().set(slot, true);
+            }
+            if facts.is_router() {
+                self.routers.push(slot);
+            }
+        }
+        self.owned = owned.into_iter().map(|(user, nodes)| (user, Arc::new(nodes))).collect();
     }
 
     pub(crate) fn rule(&self, rule: usize) -> &Rule {
@@ -195,28 +222,26 @@ impl State {
         &self.policy.program().selectors[id]
     }
 
-    /// What an entry of a source list adds to the addresses, and the nodes behind which there is some of it.
-    pub(crate) fn source_ranges(&self, id: usize) -> Ranges {
+    /// The addresses that a selector is about as a source.
+    pub(crate) fn span(&self, id: usize) -> &Arc<Sources> {
+        self.sets[id].span.get_or_init(|| Arc::new(self.source_ranges(id).into()))
+    }
+
+    fn source_ranges(&self, id: usize) -> Ranges {
         match (self.selector(id), &self.sets[id].literal) {
             (Selector::DangerAll, _) => Ranges::everything(),
             (Selector::Any, _) => {
-                let behind = self
-                    .slots
-                    .iter()
-                    .flatten()
-                    .map(|facts| &facts.behind)
-                    .filter(|behind| !behind.is_empty());
-                Ranges::union(std::iter::once(&*MESH).chain(behind))
+                let routers = self.routers.iter().filter_map(|slot| self.slots[*slot].as_ref());
+                Ranges::union(std::iter::once(&*MESH).chain(routers.map(|facts| &facts.behind)))
             }
             (_, Some(ranges)) => ranges.clone(),
-            (_, None) => Ranges::union(
-                self.sets[id]
-                    .nodes
-                    .iter()
-                    .filter_map(|slot| self.slots[slot].as_ref())
-                    .map(|facts| &facts.own),
-            ),
+            (_, None) => self.addresses_in(&self.sets[id].nodes),
         }
+    }
+
+    /// The nodes' own addresses.
+    pub(crate) fn addresses_in(&self, nodes: &Bits) -> Ranges {
+        Ranges::union(nodes.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own))
     }
 
     /// The nodes that fulfil one of these postures.
@@ -234,26 +259,32 @@ impl State {
         for id in &written.src {
             sources.add(&self.sets[*id].nodes);
         }
-        let ranges = if written.posture.is_empty() {
-            let parts: Vec<Ranges> = written.src.iter().map(|id| self.source_ranges(*id)).collect();
-            Ranges::union(&parts)
-        } else {
-            // Only nodes fulfil anything, and only for themselves.
-            sources.keep(&self.fulfilling(&written.posture));
-            Ranges::union(sources.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own))
+        let addresses = match written.src.as_slice() {
+            _ if !written.posture.is_empty() => {
+                // Only nodes fulfil anything, and only for themselves.
+                sources.keep(&self.fulfilling(&written.posture));
+                Arc::new(self.addresses_in(&sources).into())
+            }
+            [one] => Arc::clone(self.span(*one)),
+            several => Arc::new(Ranges::union(several.iter().map(|id| &self.span(*id).ranges)).into()),
         };
         let mut from = sources.clone();
         let mut applies = Bits::empty(self.slots.len());
-        for (slot, facts) in self.slots.iter().enumerate() {
-            let Some(facts) = facts else { continue };
-            if !facts.behind.is_empty() && ranges.overlaps(&facts.behind) {
-                from.set(slot, true);
-            }
-            if !written.src.is_empty() && self.applies(written, slot, facts) {
-                applies.set(slot, true);
+        if written.via.is_empty() && !written.src.is_empty() {
+            for dst in written.dst.iter().filter(|dst| !self.sets[dst.to].nobody) {
+                applies.add(&self.sets[dst.to].nodes);
             }
         }
-        Sides { sources, from, ranges, applies }
+        for slot in &self.routers {
+            let Some(facts) = &self.slots[*slot] else { continue };
+            if addresses.ranges.overlaps(&facts.behind) {
+                from.set(*slot, true);
+            }
+            if !written.src.is_empty() && self.applies(written, *slot, facts) {
+                applies.set(*slot, true);
+            }
+        }
+        Sides { sources, from, addresses, applies }
     }
 
     /// Is the node, or what is behind it, a destination? Those of `autogroup:self` are left to [`Self::own_sources`].
@@ -275,13 +306,10 @@ impl State {
 
     /// For a rule to `autogroup:self`: the sources that are the node's own user's.
     pub(crate) fn own_sources(&self, rule: usize, facts: &Facts) -> Bits {
-        let mut sources = Bits::empty(self.slots.len());
-        if facts.is_owned() {
-            for slot in self.sides[rule].sources.iter() {
-                let same = |other: &Arc<Facts>| other.is_owned() && other.node.user == facts.node.user;
-                sources.set(slot, self.slots[slot].as_ref().is_some_and(same));
-            }
-        }
+        let user = facts.node.user.filter(|_| facts.is_owned());
+        let own = user.and_then(|user| self.owned.get(&user));
+        let mut sources = own.map_or_else(Bits::default, |own| (**own).clone());
+        sources.keep(&self.sides[rule].sources);
         sources
     }
 
@@ -332,7 +360,7 @@ impl State {
                 _ => false,
             });
             Reach {
-                sources: &sides.ranges,
+                sources: &sides.addresses.ranges,
                 from: sides.from.clone(),
                 applies: &sides.applies,
                 to: to.collect(),
@@ -378,39 +406,37 @@ impl State {
             next.ids.insert(new.node.id, slot);
         }
         next.slots[slot].clone_from(&facts);
-        let mut touched = Vec::with_capacity(next.sets.len());
-        let selectors = &self.policy.program().selectors;
-        for (id, selector) in selectors.iter().enumerate() {
-            let set = &self.sets[id];
-            let is =
-                facts.as_ref().is_some_and(|facts| next.is_member(selector, set.literal.as_ref(), facts));
-            let moved = is != set.nodes.has(slot);
-            if moved {
-                let mut set = (**set).clone();
-                set.nodes.set(slot, is);
-                next.sets[id] = Arc::new(set);
-            }
-            touched.push(moved || is);
-        }
+        next.count();
         let own = |facts: &Option<Arc<Facts>>| facts.as_ref().map(|facts| facts.own.clone());
         let behind =
             |facts: &Option<Arc<Facts>>| facts.as_ref().map(|facts| facts.behind.clone()).unwrap_or_default();
         let moved = own(&old) != own(&facts);
         let routes_moved = behind(&old) != behind(&facts);
+        let mut touched = Vec::with_capacity(next.sets.len());
+        for (id, selector) in self.policy.program().selectors.iter().enumerate() {
+            let set = &self.sets[id];
+            let is =
+                facts.as_ref().is_some_and(|facts| next.is_member(selector, set.literal.as_ref(), facts));
+            let another =
+                is != set.nodes.has(slot) || (is && moved) || (routes_moved && *selector == Selector::Any);
+            if another {
+                let mut nodes = set.nodes.clone();
+                nodes.set(slot, is);
+                next.sets[id] = Arc::new(Set::new(nodes, set.literal.clone()));
+            }
+            touched.push(another);
+        }
         for rule in 0..self.sides.len() {
             let written = self.rule(rule);
-            let sources_touched = written.src.iter().chain(&written.posture).any(|id| {
-                touched[*id] && (moved || self.sets[*id].nodes.has(slot) != next.sets[*id].nodes.has(slot))
-                    || (routes_moved && *self.selector(*id) == Selector::Any)
-            });
-            if sources_touched {
+            if written.src.iter().chain(&written.posture).any(|id| touched[*id]) {
                 next.sides[rule] = Arc::new(next.sides_of(rule));
                 continue;
             }
             let sides = &self.sides[rule];
             let is_source = written.src.iter().any(|id| next.sets[*id].nodes.has(slot))
                 && (written.posture.is_empty() || next.fulfilling(&written.posture).has(slot));
-            let from = is_source || (!behind(&facts).is_empty() && sides.ranges.overlaps(&behind(&facts)));
+            let from =
+                is_source || (!behind(&facts).is_empty() && sides.addresses.ranges.overlaps(&behind(&facts)));
             let applies = !written.src.is_empty()
                 && facts.as_ref().is_some_and(|facts| next.applies(written, slot, facts));
             if from != sides.from.has(slot) || applies != sides.applies.has(slot) {
@@ -421,12 +447,13 @@ impl State {
             }
         }
         next.rehear(slot);
-        let routed = |facts: &Option<Arc<Facts>>| {
-            facts.as_ref().is_some_and(|facts| !facts.subnets.is_empty() || !facts.exits.is_empty())
-        };
-        let routes = next.all_routes();
-        if routed(&old) || routed(&facts) || routes != *self.routes {
-            next.routes = Arc::new(routes);
+        if !self.routers.is_empty() || !next.routers.is_empty() {
+            let is_router =
+                |facts: &Option<Arc<Facts>>| facts.as_ref().is_some_and(|facts| facts.is_router());
+            let routes = next.all_routes();
+            if is_router(&old) || is_router(&facts) || routes != *self.routes {
+                next.routes = Arc::new(routes);
+            }
         }
         next
     }
@@ -438,15 +465,10 @@ impl State {
             if sides.from.has(slot) {
                 speaks_to.add(&sides.applies);
             }
-            if self.rule(rule).own {
-                let user = |facts: Option<&Arc<Facts>>| {
-                    facts.filter(|facts| facts.is_owned()).and_then(|facts| facts.node.user)
-                };
-                let new_user = user(self.slots[slot].as_ref()).filter(|_| sides.sources.has(slot));
-                for (other, facts) in self.slots.iter().enumerate() {
-                    if new_user.is_some() && user(facts.as_ref()) == new_user {
-                        speaks_to.set(other, true);
-                    }
+            if self.rule(rule).own && sides.sources.has(slot) {
+                let user = self.slots[slot].as_ref().filter(|facts| facts.is_owned());
+                if let Some(own) = user.and_then(|facts| self.owned.get(&facts.node.user?)) {
+                    speaks_to.add(own);
                 }
             }
             if !self.rule(rule).companions.is_empty() && sides.applies.has(slot) {

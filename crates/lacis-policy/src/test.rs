@@ -111,13 +111,7 @@ impl State {
                 Ranges::union(own.map(|facts| &facts.own))
             }
             (_, Some(ranges)) => ranges.clone(),
-            (_, None) => Ranges::union(
-                self.sets[id]
-                    .nodes
-                    .iter()
-                    .filter_map(|slot| self.slots[slot].as_ref())
-                    .map(|facts| &facts.own),
-            ),
+            (_, None) => self.addresses_in(&self.sets[id].nodes),
         }
     }
 
@@ -135,7 +129,7 @@ impl State {
         protocol: Option<u8>,
         ports: PortRange,
     ) -> Match {
-        if !self.sides[index].ranges.contains(from) {
+        if !self.sides[index].addresses.ranges.contains(from) {
             return Match::Nothing;
         }
         let source = self.at(from);
@@ -493,7 +487,7 @@ impl State {
     fn allows_any(&self, from: IpAddr, to: IpAddr, protocol: Option<u8>, ports: PortRange) -> bool {
         let source = self.at(from);
         self.policy.program().rules.iter().enumerate().any(|(index, rule)| {
-            self.sides[index].ranges.contains(from)
+            self.sides[index].addresses.ranges.contains(from)
                 && rule.dst.iter().any(|dst| {
                     self.destination_ranges(dst.to, source).contains(to)
                         && dst.access.iter().any(|(rule, open)| {

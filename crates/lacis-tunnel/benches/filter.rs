@@ -29,7 +29,10 @@ fn peer(number: u16) -> Ipv4Addr {
 /// Each rule lets twenty peers reach one port of ours.
 fn rules(count: u16) -> Vec<FilterRule> {
     let rule = |number: u16| FilterRule {
-        src_ips: (0..SOURCES).map(|more| peer((number + more * 37) % 4096).to_string()).collect(),
+        src_ips: (0..SOURCES)
+            .map(|more| peer((number + more * 37) % 4096).to_string())
+            .collect::<Vec<_>>()
+            .into(),
         dst_ports: vec![NetPortRange {
             ip: US.to_string(),
             ports: PortRange { first: 1000 + number, last: 1000 + number },

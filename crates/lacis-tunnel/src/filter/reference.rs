@@ -362,7 +362,7 @@ fn rules() -> impl Strategy<Value = Vec<FilterRule>> {
         proptest::collection::vec(select(&[6i32, 17, 1, 58, 132, 47, 50, 59, 300, -1][..]), 0..4),
     );
     let rule = rule.prop_map(|(sources, dst_ports, ip_proto)| FilterRule {
-        src_ips: sources.into_iter().map(str::to_owned).collect(),
+        src_ips: sources.into_iter().map(str::to_owned).collect::<Vec<_>>().into(),
         dst_ports,
         ip_proto,
         ..FilterRule::default()
@@ -423,7 +423,7 @@ proptest! {
         use super::index::Ask;
         let at = |number: u32| Ipv4Addr::from(0x0a00_0000 + number);
         let rules: Vec<FilterRule> = rules.iter().map(|&(src, more, dst, wide, first, ports, protocols)| FilterRule {
-            src_ips: vec![format!("{}-{}", at(src), at(src + more)), at(src / 2).to_string()],
+            src_ips: vec![format!("{}-{}", at(src), at(src + more)), at(src / 2).to_string()].into(),
             dst_ports: vec![NetPortRange {
                 ip: format!("{}-{}", at(dst), at(dst + wide)),
                 ports: if ports == 0 {

@@ -122,7 +122,7 @@ impl Rule {
     /// written.
     fn read(rule: &FilterRule, holders: &impl Fn(&str) -> Vec<IpNet>) -> impl Iterator<Item = Self> {
         let mut sources = IpSet::default();
-        for text in &rule.src_ips {
+        for text in rule.src_ips.iter() {
             if let Some(capability) = text.strip_prefix("cap:") {
                 for net in holders(capability) {
                     sources.add(&net);

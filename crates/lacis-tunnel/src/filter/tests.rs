@@ -18,7 +18,7 @@ fn local() -> Vec<IpNet> {
 
 fn rule(src: &str, dst: &str, ports: (u16, u16), protocols: &[i32]) -> FilterRule {
     FilterRule {
-        src_ips: vec![src.to_owned()],
+        src_ips: vec![src.to_owned()].into(),
         dst_ports: vec![NetPortRange {
             ip: dst.to_owned(),
             ports: PortRange { first: ports.0, last: ports.1 },
@@ -128,7 +128,7 @@ fn rules_are_about_source_destination_port_and_protocol() {
 #[test]
 fn capability_grants_open_nothing_and_capability_sources_are_looked_up() {
     let grant = FilterRule {
-        src_ips: vec!["*".to_owned()],
+        src_ips: vec!["*".to_owned()].into(),
         cap_grant: vec![CapGrant { dsts: local(), ..CapGrant::default() }],
         ..FilterRule::default()
     };

@@ -1,6 +1,7 @@
 //! The packet filter as the server sends it: who may send what to this node.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -13,8 +14,9 @@ use super::json::nullable;
 #[serde(default, rename_all = "PascalCase")]
 pub struct FilterRule {
     /// `*`, an address, a prefix, a range `a-b`, or `cap:NAME`.
+    /// Often the same for many nodes, therefore shared.
     #[serde(rename = "SrcIPs", deserialize_with = "nullable")]
-    pub src_ips: Vec<String>,
+    pub src_ips: Arc<Vec<String>>,
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub dst_ports: Vec<NetPortRange>,
     /// Empty: TCP, UDP, ICMP and ICMPv6.
@@ -28,7 +30,7 @@ impl FilterRule {
     /// Everybody to everything, as a network without a policy has it.
     pub fn allow_all() -> Self {
         Self {
-            src_ips: vec!["*".to_owned()],
+            src_ips: Arc::new(vec!["*".to_owned()]),
             dst_ports: vec![NetPortRange { ip: "*".to_owned(), ports: PortRange { first: 0, last: 65535 } }],
             ..Self::default()
         }
