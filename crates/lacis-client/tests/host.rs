@@ -11,9 +11,21 @@ const INSIDE: &str = "LACIS_TEST_INSIDE";
 
 fn run(line: &str) -> (bool, String) {
     let words: Vec<&str> = line.split_whitespace().collect();
-    let output = Command::new(words[0]).args(&words[1..]).output().expect(line);
-    let text = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    match Command::new(words[0]).args(&words[1..]).output() {
+        Ok(output) => {
+            let text = [output.stdout, output.stderr].concat();
+            (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+        }
+        Err(error) => (false, error.to_string()),
+    }
+}
+
+fn setting(name: &str) -> String {
+    format!("/proc/sys/{}", name.replace('.', "/"))
+}
+
+fn set(name: &str, value: &str) {
+    std::fs::write(setting(name), value).expect(name);
 }
 
 fn done(line: &str) -> String {
@@ -27,9 +39,11 @@ fn outside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return false;
     }
-    if !run("unshare --net --map-root-user true").0 {
-        eprintln!("skipped: no network namespaces here");
-        return true;
+    for needed in ["unshare --net --map-root-user true", "ip -V", "nft --version"] {
+        if !run(needed).0 {
+            eprintln!("skipped: `{needed}` does not work here");
+            return true;
+        }
     }
     let program = std::env::current_exe().expect("this program has a path");
     let output = Command::new("unshare")
@@ -127,7 +141,9 @@ async fn the_host_is_set_up_once_repaired_and_put_back() {
     }
     assert!(done("nft list table ip lacis").contains("masquerade"));
     assert!(done("nft list table ip6 lacis").contains("masquerade"));
-    assert_eq!(done("cat /proc/sys/net/ipv4/conf/all/src_valid_mark").trim(), "1");
+    let valid_mark =
+        || std::fs::read_to_string(setting("net.ipv4.conf.all.src_valid_mark")).expect("a setting");
+    assert_eq!(valid_mark().trim(), "1");
 
     assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
     assert_eq!(host.repair().await.changes, 0);
@@ -142,6 +158,7 @@ async fn the_host_is_set_up_once_repaired_and_put_back() {
 
     host.revert().await;
     assert_eq!(everything(), before);
+    assert_eq!(valid_mark().trim(), "0");
 }
 
 #[tokio::test]
@@ -189,7 +206,8 @@ async fn what_the_host_lacks_is_said() {
         return;
     }
     device();
-    done("sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=1");
+    set("net.ipv4.ip_forward", "0");
+    set("net.ipv6.conf.all.forwarding", "1");
     done("nft add table ip filter");
     done("nft add chain ip filter FORWARD { type filter hook forward priority 0 ; policy drop ; }");
     let dir = tempfile::tempdir().expect("a folder");
@@ -199,7 +217,7 @@ async fn what_the_host_lacks_is_said() {
     assert!(said("sysctl -w net.ipv4.ip_forward=1") && !said("net.ipv6"), "{missing:?}");
     assert!(said("nft insert rule ip filter FORWARD iifname lacis0 accept"), "{missing:?}");
 
-    done("sysctl -qw net.ipv4.ip_forward=1");
+    set("net.ipv4.ip_forward", "1");
     done("nft insert rule ip filter FORWARD iifname lacis0 accept");
     let report = host.repair().await;
     assert_eq!(report.missing, Vec::<String>::new());
@@ -212,7 +230,7 @@ async fn ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node() {
         return;
     }
     device();
-    done("sysctl -qw net.ipv6.conf.lacis0.disable_ipv6=1");
+    set("net.ipv6.conf.lacis0.disable_ipv6", "1");
     let before = everything();
     let dir = tempfile::tempdir().expect("a folder");
     let mut host = host(dir.path()).await;
@@ -221,7 +239,7 @@ async fn ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node() {
     assert!(v6.contains("unreachable default"), "{v6}");
     assert!(!run("ip -6 route get 2001:db8:7::1").0);
     assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
-    done("sysctl -qw net.ipv6.conf.lacis0.disable_ipv6=0");
+    set("net.ipv6.conf.lacis0.disable_ipv6", "0");
     host.apply(&wish()).await.expect("it is set up");
     let v6 = done("ip -6 route show table 52");
     assert!(v6.contains("default dev lacis0") && !v6.contains("unreachable"), "{v6}");
