@@ -29,7 +29,7 @@ static MESH: LazyLock<Ranges> = LazyLock::new(|| {
 });
 
 /// Networks that are not the internet.
-const PRIVATE: [&str; 13] = [
+const PRIVATE: [&str; 11] = [
     "0.0.0.0/8",
     "10.0.0.0/8",
     "100.64.0.0/10",
@@ -41,8 +41,6 @@ const PRIVATE: [&str; 13] = [
     "::/3",
     "4000::/2",
     "8000::/1",
-    "2001:db8::/32",
-    "64:ff9b:1::/48",
 ];
 
 pub(crate) static INTERNET: LazyLock<Ranges> = LazyLock::new(|| {

@@ -10,7 +10,7 @@ use crate::language::selector::{self, ALL_PORTS, Selector};
 use crate::language::{Login, Mark, Property, SshTest, Test};
 use crate::network::Network;
 use crate::problem::{Invalid, Position, Problem};
-use crate::program::Rule;
+use crate::program::{Destination, Rule};
 use crate::ranges::Ranges;
 use crate::ssh::SshVerdict;
 use crate::state::{INTERNET, State, is_mesh_v6};
@@ -120,6 +120,13 @@ impl State {
         self.slots.iter().flatten().map(|facts| &**facts).find(|facts| facts.own.contains(address))
     }
 
+    /// Is an address one of a rule's destination? A rule with `via` is about what is behind routers, not about nodes.
+    fn is_destination(&self, rule: &Rule, dst: &Destination, source: Option<&Facts>, to: IpAddr) -> bool {
+        let routed = self.sets[dst.to].literal.is_some() || *self.selector(dst.to) == Selector::Internet;
+        (rule.via.is_empty() || (routed && self.at(to).is_none()))
+            && self.destination_ranges(dst.to, source).contains(to)
+    }
+
     fn matches(
         &self,
         index: usize,
@@ -135,7 +142,7 @@ impl State {
         let source = self.at(from);
         let mut best = Match::Source;
         for dst in &rule.dst {
-            if self.destination_ranges(dst.to, source).contains(to) {
+            if self.is_destination(rule, dst, source, to) {
                 if dst.access.iter().any(|access| covers(access, protocol, ports)) {
                     return Match::All;
                 }
@@ -189,7 +196,14 @@ impl Network {
         let (sources, targets) = (addresses(from), addresses(to));
         let mut found: Vec<(Match, Reason)> = Vec::new();
         for (index, rule) in state.policy.program().rules.iter().enumerate() {
+            // Filters know no node by an IPv6 address that stands alone.
+            let lands = |to: IpAddr| {
+                let mut about =
+                    rule.dst.iter().filter(|dst| state.destination_ranges(dst.to, None).contains(to));
+                state.at(to).is_none() || about.any(|dst| !state.sets[dst.to].nobody) || rule.own
+            };
             let pairs = sources.iter().flat_map(|src| targets.iter().map(move |dst| (*src, *dst)));
+            let pairs = pairs.filter(|(_, dst)| lands(*dst));
             let best = pairs
                 .filter(|(src, dst)| src.is_ipv4() == dst.is_ipv4())
                 .map(|(src, dst)| state.matches(index, rule, src, dst, Some(protocol.0), ports))
@@ -489,7 +503,7 @@ impl State {
         self.policy.program().rules.iter().enumerate().any(|(index, rule)| {
             self.sides[index].addresses.ranges.contains(from)
                 && rule.dst.iter().any(|dst| {
-                    self.destination_ranges(dst.to, source).contains(to)
+                    self.is_destination(rule, dst, source, to)
                         && dst.access.iter().any(|(rule, open)| {
                             let fits = match (rule, protocol) {
                                 (None, Some(protocol)) => USUAL.contains(&protocol),
