@@ -259,7 +259,7 @@ fn apply(network: &Network, change: &Change) -> Network {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn one_more_accept_rule_takes_nothing_away(json in any_json(), more in acl(), population in any_population()) {
@@ -493,7 +493,7 @@ fn goes_through(text: &str) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 384, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_text_panics(text in "\\PC{0,80}", structure in "[\\[\\]{}:,\"' \\-*#&!|>a1\n]{0,60}") {
