@@ -5,17 +5,15 @@ use std::fmt::Debug;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use lacis_policy::{Format, Invalid, Network, Node, Policy, Population, Role};
+use lacis_policy::{Format, Invalid, Network, Node, Policy, Population};
 use lacis_wire::control::{CapMap, NodeId};
 use serde_json::Value;
 
 use crate::record::{ExpectedNode, Record};
 use crate::{filter, refusal};
 
-/// Attributes that every node of a network has, whatever its policy says: they are not in the records.
-const OF_ALL: [&str; 2] = ["https://tailscale.com/cap/file-sharing", "https://tailscale.com/cap/ssh"];
-const OF_ADMINS: &str = "https://tailscale.com/cap/is-admin";
-const OF_OWNERS: &str = "https://tailscale.com/cap/is-owner";
+/// Follows the settings of the network: the records have it, though no policy says so.
+const AUTO_UPDATE: &str = "default-auto-update";
 
 /// What is not as recorded, in lines.
 pub(crate) fn differences(record: &Record) -> Vec<String> {
@@ -48,7 +46,7 @@ fn accept(policy: &str, population: &Population) -> Result<Network, Invalid> {
 
 struct Case<'a> {
     network: &'a Network,
-    population: &'a Population,
+    without_policy: Network,
     nodes: BTreeMap<&'a str, &'a Node>,
     names: BTreeMap<IpAddr, String>,
 }
@@ -59,7 +57,7 @@ impl<'a> Case<'a> {
         let named = |node: &Node| addresses(node).map(|ip| (ip, node.name.clone())).collect::<Vec<_>>();
         Self {
             network,
-            population,
+            without_policy: Network::compile(&Policy::allow_all(), population.clone()),
             nodes: population.nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
             names: population.nodes.iter().flat_map(named).collect(),
         }
@@ -90,9 +88,11 @@ impl<'a> Case<'a> {
         }
         self.peers(node, expected, &mut lines);
         if let Some(theirs) = &expected.self_cap_map {
-            let anyhow = self.held_anyhow(node);
-            let ours = self.network.attributes(node.id).into_iter();
-            let ours: CapMap = ours.filter(|(name, _)| !anyhow.contains(name.as_str())).collect();
+            // What a node holds whatever the policy says is not in the records.
+            let mut anyhow = self.without_policy.attributes(node.id);
+            anyhow.remove(AUTO_UPDATE);
+            let mut ours = self.network.attributes(node.id);
+            ours.retain(|name, _| !anyhow.contains_key(name));
             lines.extend(unequal("attributes", &flags(theirs), &flags(&ours)));
         }
         if let Some(theirs) = &expected.self_addresses {
@@ -134,14 +134,6 @@ impl<'a> Case<'a> {
             let caps = self.network.peer_caps(node.id, *id);
             lines.extend(unequal(&about("capabilities"), &flags(&expected.cap_map), &flags(&caps)));
         }
-    }
-
-    fn held_anyhow(&self, node: &Node) -> BTreeSet<&'static str> {
-        let roles = node.user.and_then(|id| self.population.user(id)).map_or(&[][..], |user| &user.roles);
-        let mut held = BTreeSet::from(OF_ALL);
-        held.extend(roles.contains(&Role::Admin).then_some(OF_ADMINS));
-        held.extend(roles.contains(&Role::Owner).then_some(OF_OWNERS));
-        held
     }
 }
 
