@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::LazyLock;
 
 use divan::Bencher;
+use divan::counter::ItemsCount;
 use lacis_policy::{Format, Network, Node, Policy, Population, User};
 use lacis_wire::control::{NodeId, UserId};
 
@@ -136,6 +137,26 @@ fn compile_and_filters_peers_and_routes_of_all_nodes(bencher: Bencher<'_, '_>) {
     bencher.with_inputs(population).bench_values(|population| {
         let network = Network::compile(&POLICY, population);
         (tell_everybody(&network), network)
+    });
+}
+
+#[divan::bench]
+fn filters_of_all_nodes(bencher: Bencher<'_, '_>) {
+    bencher.bench(|| ids().map(|id| NETWORK.filter(id).len()).sum::<usize>());
+}
+
+#[divan::bench]
+fn peers_of_all_nodes(bencher: Bencher<'_, '_>) {
+    bencher.bench(|| ids().map(|id| NETWORK.peers(id).count()).sum::<usize>());
+}
+
+/// For each node, what each of its peers is the way to.
+#[divan::bench]
+fn routes_of_all_pairs(bencher: Bencher<'_, '_>) {
+    let pairs: Vec<(NodeId, NodeId)> =
+        ids().flat_map(|id| NETWORK.peers(id).map(move |peer| (id, peer)).collect::<Vec<_>>()).collect();
+    bencher.counter(ItemsCount::new(pairs.len())).bench(|| {
+        pairs.iter().map(|(viewer, peer)| NETWORK.routes(*viewer, *peer).allowed.len()).sum::<usize>()
     });
 }
 
