@@ -235,6 +235,7 @@ impl Core {
             token: CancellationToken::new(),
         }));
         tokio::spawn(janitor::run(core.clone()));
+        tokio::spawn(janitor::write_back(core.clone()));
         tokio::spawn(policy::follow(core.clone()));
         Ok(core)
     }

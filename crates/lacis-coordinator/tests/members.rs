@@ -358,3 +358,21 @@ async fn when_a_node_was_last_seen_survives_a_restart_of_the_server() {
     assert!(!node.online && node.last_seen.is_some());
     server.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_renews_its_own_key_with_the_single_use_key_that_it_joined_with() {
+    let server = Server::start().await;
+    let key = server.key("lab", of_alice(false)).await;
+    let mut a = server.machine("a").await;
+    a.register(Some(&key)).await;
+    let before = server.core.find(&a.node_key).unwrap().1;
+    a.node_key = NodePrivateKey::generate().public();
+    assert_eq!(a.register(Some(&key)).await.error, "authkey already used");
+    let renewal = RegisterRequest { old_node_key: before.node_key, ..a.register_request(Some(&key)) };
+    assert_eq!(a.send(&renewal).await.error, "");
+    assert_eq!(server.core.find(&a.node_key).unwrap().1.id, before.id);
+    let thief = server.machine("thief").await;
+    let stolen = RegisterRequest { old_node_key: a.node_key, ..thief.register_request(Some(&key)) };
+    assert_eq!(thief.send(&stolen).await.error, "authkey already used");
+    server.end().await;
+}

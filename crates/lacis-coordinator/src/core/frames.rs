@@ -146,21 +146,32 @@ fn encode<T: Serialize>(message: &T, compression: Compression) -> Result<Bytes, 
 /// The name under which clients keep the filter.
 const FILTER: &str = "base";
 
+/// What a frame that says everything is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whole {
+    /// A client that knows nothing.
+    First,
+    /// The same, and peers do not interest it.
+    Alone,
+    /// In the middle of a stream: what it is not told stays as it was.
+    Again,
+}
+
 /// Everything `viewer` may know.
-pub(super) fn first(
+pub(super) fn whole(
     settings: &Settings,
     snapshot: &Snapshot,
     viewer: &NodeRecord,
-    with_peers: bool,
+    whole: Whole,
     compression: Compression,
 ) -> Result<Bytes, mapframe::Error> {
     let network = &snapshot.network;
     let mut users = vec![viewer.user];
     let mut peers = Vec::new();
-    if with_peers {
+    if whole != Whole::Alone {
         for node in network.peers(viewer.id).filter_map(|id| snapshot.node(id)) {
             users.push(node.user);
-            peers.push(node.peer_json(&settings.domain, &Shown::of(network, viewer.id, node.id)));
+            peers.push(node.peer_json(&settings.domain, network, &Shown::of(network, viewer.id, node.id)));
         }
     }
     let filter = network.filter(viewer.id);
@@ -174,7 +185,7 @@ pub(super) fn first(
             domain: &settings.domain,
             collect_services: false,
             packet_filters: BTreeMap::from([(FILTER, filter.as_slice())]),
-            ssh_policy: (!ssh.is_empty()).then(|| SshPolicy::of(&ssh, settings)),
+            ssh_policy: (whole == Whole::Again || !ssh.is_empty()).then(|| SshPolicy::of(&ssh, settings)),
             user_profiles: profiles(snapshot, users),
             peers,
             debug: Switches { disable_log_tail: true },
@@ -241,7 +252,7 @@ pub(super) fn delta(
         for (id, shown) in &owed.changed {
             if let Some(node) = snapshot.node(*id) {
                 users.push(node.user);
-                peers_changed.push(node.peer_json(&settings.domain, shown));
+                peers_changed.push(node.peer_json(&settings.domain, &snapshot.network, shown));
             }
         }
         let frame = Delta {

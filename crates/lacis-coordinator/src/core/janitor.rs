@@ -13,20 +13,18 @@ use crate::store::Write;
 
 /// Expiry and absence are known in seconds.
 const TICK: Duration = Duration::from_secs(1);
-/// What nodes say of themselves is written this often (in ticks).
-const FLUSH_TICKS: u32 = 5;
+/// What nodes say of themselves is written this often.
+const FLUSH_EVERY: Duration = Duration::from_secs(5);
 
 pub(super) async fn run(core: Core) {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut ticks = 0_u32;
     let timeout = i64::try_from(core.0.config.ephemeral_timeout.as_secs()).unwrap_or(i64::MAX);
     loop {
         tokio::select! {
             _ = tick.tick() => {}
             () = core.0.token.cancelled() => return,
         }
-        ticks = ticks.wrapping_add(1);
         for tailnet in core.0.tailnets.values() {
             let gone = sweep(tailnet, timeout, now());
             presence::look_after_routers(tailnet, Instant::now());
@@ -41,11 +39,20 @@ pub(super) async fn run(core: Core) {
                 }
             }
         }
-        if ticks.is_multiple_of(FLUSH_TICKS) {
-            flush(&core).await;
-        }
         core.0.pending.forget_old(now());
         core.0.ssh_checks.forget_old(now());
+    }
+}
+
+/// Writes what may wait, apart from the rest: a slow disk must not keep a router from being passed over.
+pub(super) async fn write_back(core: Core) {
+    let mut tick = tokio::time::interval(FLUSH_EVERY);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => flush(&core).await,
+            () = core.0.token.cancelled() => return,
+        }
     }
 }
 

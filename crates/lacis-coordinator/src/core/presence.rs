@@ -190,6 +190,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         /// All down, then any up: whatever happened before, one that is there and answers is taken.
         #[test]
         fn a_network_recovers_with_any_of_its_routers(

@@ -220,14 +220,14 @@ impl NodeRecord {
     }
 
     /// The node as a peer is sent it.
-    pub(super) fn peer_json(&self, domain: &str, shown: &Shown) -> Cow<'_, RawValue> {
+    pub(super) fn peer_json(&self, domain: &str, network: &Network, shown: &Shown) -> Cow<'_, RawValue> {
         if shown.is_plain(self) {
             let made = || to_raw(&self.wire(domain));
             return Cow::Borrowed(self.peer_json.get_or_init(made));
         }
         let mut node = self.wire(domain);
-        node.allowed_ips = Some(shown.addresses.iter().chain(&shown.routes.allowed).copied().collect());
-        node.addresses.clone_from(&shown.addresses);
+        node.allowed_ips = Some([&shown.routes.addresses[..], &shown.routes.allowed].concat());
+        node.addresses = network.addresses(self.id);
         node.primary_routes.clone_from(&shown.routes.primary);
         node.cap_map.clone_from(&shown.caps);
         Cow::Owned(to_raw(&node))
@@ -265,18 +265,13 @@ fn to_raw(node: &Node) -> Box<RawValue> {
 /// What one viewer is shown of a peer beyond its record.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Shown {
-    addresses: Vec<IpNet>,
     routes: PeerRoutes,
     caps: CapMap,
 }
 
 impl Shown {
     pub(super) fn of(network: &Network, viewer: NodeId, peer: NodeId) -> Self {
-        Self {
-            addresses: network.addresses(peer),
-            routes: network.routes(viewer, peer),
-            caps: network.peer_caps(viewer, peer),
-        }
+        Self { routes: network.routes(viewer, peer), caps: network.peer_caps(viewer, peer) }
     }
 
     /// Is it what everybody sees of it?
@@ -284,6 +279,6 @@ impl Shown {
         self.routes.allowed.is_empty()
             && self.routes.primary.is_empty()
             && self.caps.is_empty()
-            && self.addresses.iter().map(IpNet::addr).eq(node.addresses())
+            && self.routes.addresses.iter().map(IpNet::addr).eq(node.addresses())
     }
 }

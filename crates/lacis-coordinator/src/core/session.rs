@@ -9,6 +9,7 @@ use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::frames::Whole;
 use super::owed::Before;
 use super::record::NodeRecord;
 use super::tailnet::{Since, Tailnet, What};
@@ -95,7 +96,7 @@ impl Core {
             }
         }
         drop(locked);
-        let first = subscription.whole()?;
+        let first = subscription.whole(Whole::First)?;
         Ok(first.map(|first| (subscription, first)))
     }
 
@@ -110,12 +111,13 @@ impl Core {
         with_peers: bool,
         compression: Compression,
     ) -> Result<Bytes, mapframe::Error> {
-        frames::first(&tailnet.settings, &tailnet.snapshot(), node, with_peers, compression)
+        let whole = if with_peers { Whole::First } else { Whole::Alone };
+        frames::whole(&tailnet.settings, &tailnet.snapshot(), node, whole, compression)
     }
 }
 
 impl Subscription {
-    fn whole(&mut self) -> Result<Option<Bytes>, mapframe::Error> {
+    fn whole(&mut self, whole: Whole) -> Result<Option<Bytes>, mapframe::Error> {
         let snapshot = self.tailnet.snapshot();
         self.cursor = snapshot.head;
         self.before = Before::of(&snapshot);
@@ -123,7 +125,7 @@ impl Subscription {
             return Ok(None);
         };
         self.core.0.frames.inc();
-        frames::first(&self.tailnet.settings, &snapshot, node, true, self.compression).map(Some)
+        frames::whole(&self.tailnet.settings, &snapshot, node, whole, self.compression).map(Some)
     }
 
     /// Waits for something to tell. May be cancelled at any await without losing anything.
@@ -150,7 +152,7 @@ impl Subscription {
                 Since::Lost if self.tailnet.snapshot().network.peers(self.node).next().is_none() => {
                     return Ok(Next::End);
                 }
-                Since::Lost => match self.whole()? {
+                Since::Lost => match self.whole(Whole::Again)? {
                     Some(frame) => Some(frame),
                     None => return Ok(Next::End),
                 },
