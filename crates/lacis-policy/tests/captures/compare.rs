@@ -1,4 +1,8 @@
 //! What the engine makes of a record's policy, beside what was recorded.
+//!
+//! A record may contradict itself: a route that the policy alone approved is at its router for some viewers and not yet
+//! for others, because they were recorded while the approval spread. Then what the record shows some may be missing
+//! for the others; how many views that are is printed, so that nobody takes them for compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
@@ -15,23 +19,41 @@ use crate::{filter, refusal};
 /// Follows the settings of the network: the records have it, though no policy says so.
 const AUTO_UPDATE: &str = "default-auto-update";
 
-/// What is not as recorded, in lines.
-pub(crate) fn differences(record: &Record) -> Vec<String> {
+/// How a record compares.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// What is not as recorded, in lines.
+    pub(crate) differences: Vec<String>,
+    /// Views that were recorded before an approval had spread.
+    pub(crate) early: usize,
+}
+
+impl From<Vec<String>> for Outcome {
+    fn from(differences: Vec<String>) -> Self {
+        Self { differences, early: 0 }
+    }
+}
+
+/// Holds the engine against a record.
+pub(crate) fn compare(record: &Record) -> Outcome {
     let population = record.population();
     let result = accept(record.policy.get(), &population);
     match (result, record.expect.rejected) {
-        (Ok(_), true) => {
-            vec![format!("it should be refused: {}", record.expect.message)]
-        }
+        (Ok(_), true) => vec![format!("it should be refused: {}", record.expect.message)].into(),
         (Err(invalid), false) => {
-            invalid.to_string().lines().map(|line| format!("it should be accepted, not: {line}")).collect()
+            let lines = invalid.to_string();
+            let lines = lines.lines().map(|line| format!("it should be accepted, not: {line}"));
+            lines.collect::<Vec<_>>().into()
         }
         (Err(invalid), true) => {
-            refusal::difference(&record.expect.message, &invalid.to_string()).into_iter().collect()
+            let difference = refusal::difference(&record.expect.message, &invalid.to_string());
+            difference.into_iter().collect::<Vec<_>>().into()
         }
         (Ok(network), false) => {
-            let case = Case::new(&network, &population);
-            record.expect.nodes.iter().flat_map(|(name, expected)| case.node(name, expected)).collect()
+            let mut case = Case::new(&network, &population, record);
+            let nodes = record.expect.nodes.iter();
+            let differences = nodes.flat_map(|(name, expected)| case.node(name, expected)).collect();
+            Outcome { differences, early: case.early }
         }
     }
 }
@@ -49,10 +71,13 @@ struct Case<'a> {
     without_policy: Network,
     nodes: BTreeMap<&'a str, &'a Node>,
     names: BTreeMap<IpAddr, String>,
+    /// Routes by router that only the policy approved, and that somebody in the record has.
+    spreading: BTreeSet<(String, IpNet)>,
+    early: usize,
 }
 
 impl<'a> Case<'a> {
-    fn new(network: &'a Network, population: &'a Population) -> Self {
+    fn new(network: &'a Network, population: &'a Population, record: &Record) -> Self {
         let addresses = |node: &Node| node.v4.map(IpAddr::V4).into_iter().chain(node.v6.map(IpAddr::V6));
         let named = |node: &Node| addresses(node).map(|ip| (ip, node.name.clone())).collect::<Vec<_>>();
         Self {
@@ -60,6 +85,8 @@ impl<'a> Case<'a> {
             without_policy: Network::compile(&Policy::allow_all(), population.clone()),
             nodes: population.nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
             names: population.nodes.iter().flat_map(named).collect(),
+            spreading: spreading(population, record),
+            early: 0,
         }
     }
 
@@ -67,8 +94,8 @@ impl<'a> Case<'a> {
         self.nodes.values().find(|node| node.id == id).map_or("?", |node| &node.name)
     }
 
-    fn node(&self, name: &str, expected: &ExpectedNode) -> Vec<String> {
-        let Some(node) = self.nodes.get(name) else {
+    fn node(&mut self, name: &str, expected: &ExpectedNode) -> Vec<String> {
+        let Some(node) = self.nodes.get(name).copied() else {
             return vec![format!("{name}: the record has no such node")];
         };
         let mut lines = Vec::new();
@@ -108,7 +135,7 @@ impl<'a> Case<'a> {
         lines.into_iter().map(|line| format!("{name}: {line}")).collect()
     }
 
-    fn peers(&self, node: &Node, expected: &ExpectedNode, lines: &mut Vec<String>) {
+    fn peers(&mut self, node: &Node, expected: &ExpectedNode, lines: &mut Vec<String>) {
         let Some(theirs) = &expected.peers else { return };
         let ours: BTreeMap<&str, NodeId> =
             self.network.peers(node.id).map(|id| (self.name(id), id)).collect();
@@ -120,7 +147,15 @@ impl<'a> Case<'a> {
                 lines.push(format!("does not see {name}, and should"));
                 continue;
             };
-            let routes = self.network.routes(node.id, *id);
+            let mut routes = self.network.routes(node.id, *id);
+            let is_early = |net: &IpNet| {
+                !expected.allowed_ips.contains(net) && self.spreading.contains(&(name.clone(), *net))
+            };
+            if routes.primary.iter().any(is_early) {
+                routes.allowed.retain(|net| !is_early(net));
+                routes.primary.retain(|net| !is_early(net));
+                self.early += 1;
+            }
             let allowed = [&routes.addresses[..], &routes.allowed].concat();
             let tags: BTreeSet<String> = self.nodes[name.as_str()].tags.iter().cloned().collect();
             let about = |what: &str| format!("peer {name}: {what}");
@@ -135,6 +170,24 @@ impl<'a> Case<'a> {
             lines.extend(unequal(&about("capabilities"), &flags(&expected.cap_map), &flags(&caps)));
         }
     }
+}
+
+/// See [`Case::spreading`].
+fn spreading(population: &Population, record: &Record) -> BTreeSet<(String, IpNet)> {
+    let told = |router: &str, net: &IpNet| {
+        let views = record.expect.nodes.values().filter_map(|node| node.peers.as_ref()?.get(router));
+        views.into_iter().any(|peer| peer.allowed_ips.contains(net))
+    };
+    let mut routes = BTreeSet::new();
+    for node in &population.nodes {
+        for net in node.advertised.iter().filter(|net| net.prefix_len() > 0 && !node.approved.contains(net)) {
+            let alone = population.nodes.iter().filter(|other| other.advertised.contains(net)).count() == 1;
+            if alone && told(&node.name, net) {
+                routes.insert((node.name.clone(), *net));
+            }
+        }
+    }
+    routes
 }
 
 fn unequal<T: PartialEq + Debug>(what: &str, theirs: &T, ours: &T) -> Option<String> {
