@@ -9,7 +9,7 @@ use crate::language::Body;
 use crate::language::selector::Selector;
 use crate::policy::Policy;
 use crate::population::{Node, Population, User};
-use crate::ranges::Ranges;
+use crate::ranges::{Ranges, Sources};
 
 /// The name of the attribute that takes a node's IPv4 address away.
 const DISABLE_IPV4: &str = "disable-ipv4";
@@ -20,7 +20,7 @@ pub(crate) struct Facts {
     pub(crate) node: Node,
     /// As others are told them, IPv4 first.
     pub(crate) addresses: Vec<IpAddr>,
-    pub(crate) own: Ranges,
+    pub(crate) own: Sources,
     /// Approved routes, exit routes aside.
     pub(crate) subnets: Vec<IpNet>,
     pub(crate) behind: Ranges,
@@ -42,7 +42,7 @@ impl Facts {
             node.advertised.iter().filter(|route| is_approved(body, &node, user, route)).copied().collect();
         let (exits, subnets): (Vec<_>, Vec<_>) = approved.into_iter().partition(|net| net.prefix_len() == 0);
         Self {
-            own: Ranges::of_nets(addresses.iter().copied().map(IpNet::from)),
+            own: Ranges::of_nets(addresses.iter().copied().map(IpNet::from)).into(),
             behind: Ranges::of_nets(subnets.iter().copied()),
             addresses,
             subnets,

@@ -13,10 +13,10 @@ use crate::program::{Access, Destination, Rule};
 use crate::ranges::{Ranges, Sources};
 use crate::state::{INTERNET, State};
 
-static EVERYTHING: LazyLock<Ranges> = LazyLock::new(Ranges::everything);
+static EVERYTHING: LazyLock<Sources> = LazyLock::new(|| Ranges::everything().into());
 
 /// Destinations as a rule has them, and what may be done there.
-type Openings<'a> = Vec<(&'a Ranges, &'a [Access])>;
+type Openings<'a> = Vec<(&'a Sources, &'a [Access])>;
 
 /// One rule as it stands in one node's filter.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,7 +38,7 @@ impl State {
         let mut push =
             |rule, sources: Arc<Sources>, (to, capable): (Openings<'a>, Vec<IpAddr>), companion| {
                 let says = !to.is_empty() || !capable.is_empty();
-                if says && !sources.ranges.is_empty() {
+                if says && !sources.is_empty() {
                     shares.push(Share { rule, sources, to, capable, companion });
                 }
             };
@@ -75,7 +75,7 @@ impl State {
     ) -> (Openings<'a>, Vec<IpAddr>) {
         let mut to = Vec::new();
         let mut capable = Vec::new();
-        let mut put = |ranges: &'a Ranges, dst: &'a Destination, here: bool| {
+        let mut put = |ranges: &'a Sources, dst: &'a Destination, here: bool| {
             if !dst.access.is_empty() {
                 to.push((ranges, &*dst.access));
             }
@@ -93,11 +93,7 @@ impl State {
                         put(&INTERNET, dst, false);
                     }
                 }
-                (_, Some(ranges)) => {
-                    if here || ranges.overlaps(&facts.behind) {
-                        put(ranges, dst, here);
-                    }
-                }
+                (_, Some(ranges)) if here || ranges.overlaps(&facts.behind) => put(ranges, dst, here),
                 (Selector::Any, None) if here => put(&EVERYTHING, dst, true),
                 (_, None) if here => put(&facts.own, dst, true),
                 _ => {}
@@ -116,7 +112,7 @@ impl State {
             .iter()
             .map(|dst| match self.selector(dst.to) {
                 Selector::Own => self.addresses_in(&self.own_sources(index, facts)),
-                _ => self.span(dst.to).ranges.clone(),
+                _ => (***self.span(dst.to)).clone(),
             })
             .collect();
         Ranges::union(&parts)
@@ -143,13 +139,18 @@ impl State {
     /// One rule of a filter, as the wire has it.
     pub(crate) fn rules_of(&self, share: Share<'_>) -> Vec<FilterRule> {
         let sources = share.sources.texts();
-        let mut by_protocol: BTreeMap<Option<u8>, Vec<NetPortRange>> = BTreeMap::new();
+        let mut by_protocol: Vec<(Option<u8>, Vec<NetPortRange>)> = Vec::new();
         for (ranges, access) in &share.to {
             let texts = ranges.texts();
             for (protocol, ports) in *access {
-                let list = by_protocol.entry(*protocol).or_default();
+                let at = by_protocol.iter().position(|(known, _)| known == protocol);
+                let at = at.unwrap_or_else(|| {
+                    by_protocol.push((*protocol, Vec::new()));
+                    by_protocol.len() - 1
+                });
                 for ports in ports {
-                    list.extend(texts.iter().map(|ip| NetPortRange { ip: ip.clone(), ports: *ports }));
+                    let open = texts.iter().map(|ip| NetPortRange { ip: ip.clone(), ports: *ports });
+                    by_protocol[at].1.extend(open);
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! Sets of addresses as sorted ranges, and sets of nodes as bits.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -167,10 +168,10 @@ impl Ranges {
     }
 }
 
-/// Addresses that a rule is about, with their texts once somebody has asked for them. Shared by all who have the rule.
+/// Addresses, with their texts once somebody has asked for them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sources {
-    pub(crate) ranges: Ranges,
+    ranges: Ranges,
     texts: OnceLock<Arc<Vec<String>>>,
 }
 
@@ -185,6 +186,14 @@ impl Eq for Sources {}
 impl From<Ranges> for Sources {
     fn from(ranges: Ranges) -> Self {
         Self { ranges, texts: OnceLock::new() }
+    }
+}
+
+impl Deref for Sources {
+    type Target = Ranges;
+
+    fn deref(&self) -> &Ranges {
+        &self.ranges
     }
 }
 

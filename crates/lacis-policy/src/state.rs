@@ -43,9 +43,9 @@ const PRIVATE: [&str; 11] = [
     "8000::/1",
 ];
 
-pub(crate) static INTERNET: LazyLock<Ranges> = LazyLock::new(|| {
+pub(crate) static INTERNET: LazyLock<Sources> = LazyLock::new(|| {
     let private = PRIVATE.into_iter().filter_map(|net| net.parse::<IpNet>().ok());
-    private.fold(Ranges::everything(), |left, net| left.without(&net))
+    private.fold(Ranges::everything(), |left, net| left.without(&net)).into()
 });
 
 /// A selector's nodes: by users, tags or own addresses, and by what is routed behind them.
@@ -53,7 +53,7 @@ pub(crate) static INTERNET: LazyLock<Ranges> = LazyLock::new(|| {
 pub(crate) struct Set {
     pub(crate) nodes: Bits,
     /// What it says of addresses by itself; `None` when it means nodes.
-    pub(crate) literal: Option<Ranges>,
+    pub(crate) literal: Option<Sources>,
     /// As a destination it means no node: an IPv6 address of the mesh by itself, which Tailscale takes for nobody's.
     pub(crate) nobody: bool,
     /// What it is about as a source, once somebody has asked.
@@ -61,8 +61,8 @@ pub(crate) struct Set {
 }
 
 impl Set {
-    fn new(nodes: Bits, literal: Option<Ranges>) -> Self {
-        let nobody = is_mesh_v6(literal.as_ref());
+    fn new(nodes: Bits, literal: Option<Sources>) -> Self {
+        let nobody = is_mesh_v6(literal.as_deref());
         Self { nodes, literal, nobody, span: OnceLock::new() }
     }
 
@@ -162,7 +162,7 @@ impl State {
             }
         }
         let set = |selector: &Selector| {
-            let literal = literal(body, selector);
+            let literal = literal(body, selector).map(Sources::from);
             let mut nodes = Bits::empty(self.slots.len());
             match (selector, &literal) {
                 (Selector::Any | Selector::DangerAll, _) => nodes = all.clone(),
@@ -232,14 +232,14 @@ impl State {
                 let routers = self.routers.iter().filter_map(|slot| self.slots[*slot].as_ref());
                 Ranges::union(std::iter::once(&*MESH).chain(routers.map(|facts| &facts.behind)))
             }
-            (_, Some(ranges)) => ranges.clone(),
+            (_, Some(ranges)) => (**ranges).clone(),
             (_, None) => self.addresses_in(&self.sets[id].nodes),
         }
     }
 
     /// The nodes' own addresses.
     pub(crate) fn addresses_in(&self, nodes: &Bits) -> Ranges {
-        Ranges::union(nodes.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &facts.own))
+        Ranges::union(nodes.iter().filter_map(|slot| self.slots[slot].as_ref()).map(|facts| &*facts.own))
     }
 
     /// The nodes that fulfil one of these postures.
@@ -264,7 +264,7 @@ impl State {
                 Arc::new(self.addresses_in(&sources).into())
             }
             [one] => Arc::clone(self.span(*one)),
-            several => Arc::new(Ranges::union(several.iter().map(|id| &self.span(*id).ranges)).into()),
+            several => Arc::new(Ranges::union(several.iter().map(|id| &***self.span(*id))).into()),
         };
         let mut from = sources.clone();
         let mut applies = Bits::empty(self.slots.len());
@@ -275,7 +275,7 @@ impl State {
         }
         for slot in &self.routers {
             let Some(facts) = &self.slots[*slot] else { continue };
-            if addresses.ranges.overlaps(&facts.behind) {
+            if addresses.overlaps(&facts.behind) {
                 from.set(*slot, true);
             }
             if !written.src.is_empty() && self.applies(written, *slot, facts) {
@@ -347,7 +347,7 @@ impl State {
         let reach = self.policy.program().rules.iter().zip(&self.sides).map(|(rule, sides)| {
             let to =
                 rule.dst.iter().filter_map(|dst| match (&self.sets[dst.to].literal, self.selector(dst.to)) {
-                    (Some(ranges), _) => Some(ranges.clone()),
+                    (Some(ranges), _) => Some((**ranges).clone()),
                     (None, Selector::Any) => Some(Ranges::everything()),
                     _ => None,
                 });
@@ -358,7 +358,7 @@ impl State {
                 _ => false,
             });
             Reach {
-                sources: &sides.addresses.ranges,
+                sources: &sides.addresses,
                 from: sides.from.clone(),
                 applies: &sides.applies,
                 to: to.collect(),
@@ -414,7 +414,7 @@ impl State {
         for (id, selector) in self.policy.program().selectors.iter().enumerate() {
             let set = &self.sets[id];
             let is =
-                facts.as_ref().is_some_and(|facts| next.is_member(selector, set.literal.as_ref(), facts));
+                facts.as_ref().is_some_and(|facts| next.is_member(selector, set.literal.as_deref(), facts));
             let another =
                 is != set.nodes.has(slot) || (is && moved) || (routes_moved && *selector == Selector::Any);
             if another {
@@ -433,8 +433,7 @@ impl State {
             let sides = &self.sides[rule];
             let is_source = written.src.iter().any(|id| next.sets[*id].nodes.has(slot))
                 && (written.posture.is_empty() || next.fulfilling(&written.posture).has(slot));
-            let from =
-                is_source || (!behind(&facts).is_empty() && sides.addresses.ranges.overlaps(&behind(&facts)));
+            let from = is_source || (!behind(&facts).is_empty() && sides.addresses.overlaps(&behind(&facts)));
             let applies = !written.src.is_empty()
                 && facts.as_ref().is_some_and(|facts| next.applies(written, slot, facts));
             if from != sides.from.has(slot) || applies != sides.applies.has(slot) {

@@ -98,7 +98,7 @@ impl State {
     fn destination_ranges(&self, id: usize, source: Option<&Facts>) -> Ranges {
         match (self.selector(id), &self.sets[id].literal) {
             (Selector::Any, _) => Ranges::everything(),
-            (Selector::Internet, _) => INTERNET.clone(),
+            (Selector::Internet, _) => (**INTERNET).clone(),
             (Selector::Own, _) => {
                 let Some(source) = source.filter(|source| source.is_owned()) else {
                     return Ranges::default();
@@ -108,9 +108,9 @@ impl State {
                     .iter()
                     .flatten()
                     .filter(|facts| facts.is_owned() && facts.node.user == source.node.user);
-                Ranges::union(own.map(|facts| &facts.own))
+                Ranges::union(own.map(|facts| &*facts.own))
             }
-            (_, Some(ranges)) => ranges.clone(),
+            (_, Some(ranges)) => (**ranges).clone(),
             (_, None) => self.addresses_in(&self.sets[id].nodes),
         }
     }
@@ -136,7 +136,7 @@ impl State {
         protocol: Option<u8>,
         ports: PortRange,
     ) -> Match {
-        if !self.sides[index].addresses.ranges.contains(from) {
+        if !self.sides[index].addresses.contains(from) {
             return Match::Nothing;
         }
         let source = self.at(from);
@@ -501,7 +501,7 @@ impl State {
     fn allows_any(&self, from: IpAddr, to: IpAddr, protocol: Option<u8>, ports: PortRange) -> bool {
         let source = self.at(from);
         self.policy.program().rules.iter().enumerate().any(|(index, rule)| {
-            self.sides[index].addresses.ranges.contains(from)
+            self.sides[index].addresses.contains(from)
                 && rule.dst.iter().any(|dst| {
                     self.is_destination(rule, dst, source, to)
                         && dst.access.iter().any(|(rule, open)| {

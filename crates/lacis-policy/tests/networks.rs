@@ -157,6 +157,8 @@ fn tests_and_properties_are_held_against_everybody() {
     let nodes = || vec![node(2, &[], &[]), node(3, &["tag:web"], &[]), node(5, &[], &[])];
     let fine = "tests: [{src: alice@example.com, accept: ['tag:web:443'], deny: ['tag:web:22']}]\nproperties: {never: ['bob@example.com -> tag:web:*'], always: ['alice@example.com -> tag:web:443']}";
     assert_eq!(network(&policy(fine), nodes()).test(), Ok(()));
+    let short = "groups: {'group:guests': [bob@example.com]}\nproperties: {never: 'guests -> tag:web:*'}";
+    assert_eq!(network(&policy(short), nodes()).test(), Ok(()));
     let failing = "tests: [{src: bob@example.com, accept: ['tag:web:443']}]\nproperties: {never: ['* -> tag:web:443'], always: ['* -> tag:web:443']}";
     let failed = network(&policy(failing), nodes()).test().expect_err("three fail").problems;
     assert_eq!(failed.len(), 3, "{failed:?}");

@@ -599,8 +599,25 @@ impl Reader {
 
     fn properties(&mut self, item: &Item, place: &str, body: &mut Body) {
         let Some(mut fields) = self.fields(item, place) else { return };
-        body.never = self.all(fields.take("never"), property);
-        body.always = self.all(fields.take("always"), property);
+        for (name, list) in [("never", &mut body.never), ("always", &mut body.always)] {
+            *list = match fields.take(name) {
+                Some((item, place)) if matches!(item.data, Data::Text(_)) => {
+                    self.parsed(item, &place, property).into_iter().collect()
+                }
+                taken => self.all(taken, property),
+            };
+            // A group may be named without its prefix, where nothing else is called so.
+            for said in list {
+                for selector in [&mut said.what.from, &mut said.what.to.to] {
+                    if let Selector::Host(name) = selector
+                        && !body.hosts.contains_key(name)
+                        && body.groups.contains_key(&format!("group:{name}"))
+                    {
+                        *selector = Selector::Group(format!("group:{name}"));
+                    }
+                }
+            }
+        }
         self.done(fields);
     }
 }
