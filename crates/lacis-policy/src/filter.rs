@@ -10,7 +10,7 @@ use lacis_wire::control::{CapGrant, FilterRule, NetPortRange};
 use crate::facts::Facts;
 use crate::language::selector::Selector;
 use crate::program::{Access, Destination, Rule};
-use crate::ranges::{Ranges, Sources};
+use crate::ranges::{Bits, Ranges, Sources};
 use crate::state::{INTERNET, State};
 
 static EVERYTHING: LazyLock<Sources> = LazyLock::new(|| Ranges::everything().into());
@@ -42,14 +42,24 @@ impl State {
                     shares.push(Share { rule, sources, to, capable, companion });
                 }
             };
+        let mut last_own: Option<(Bits, Arc<Sources>)> = None;
         for (index, sides) in self.sides.iter().enumerate() {
             let rule = self.rule(index);
             if sides.applies.has(slot) {
                 push(index, Arc::clone(&sides.addresses), self.destinations(rule, slot, facts), None);
             }
             if rule.own {
-                let own = self.addresses_in(&self.own_sources(index, facts));
-                push(index, Arc::new(own.into()), own_destinations(self, rule, facts), None);
+                let own = self.own_sources(index, facts);
+                // Mostly the same nodes as in the rule before.
+                let sources = match &last_own {
+                    Some((nodes, sources)) if *nodes == own => Arc::clone(sources),
+                    _ => {
+                        let sources: Arc<Sources> = Arc::new(self.addresses_in(&own).into());
+                        last_own = Some((own, Arc::clone(&sources)));
+                        sources
+                    }
+                };
+                push(index, sources, own_destinations(self, rule, facts), None);
             }
             if sides.sources.has(slot) {
                 for companion in &rule.companions {

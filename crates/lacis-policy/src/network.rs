@@ -213,13 +213,59 @@ impl Network {
             return difference;
         }
         let (now, before) = (self.facts(viewer), older.facts(viewer));
+        let (Some((slot, facts)), Some((old_slot, old_facts))) = (now, before) else {
+            difference.appeared = self.peers(viewer).collect();
+            difference.vanished = older.peers(viewer).collect();
+            difference.filter = now.is_some();
+            difference.itself = now.is_some();
+            difference.ssh = !self.ssh_rules(viewer).is_empty();
+            difference.attributes = now.is_some();
+            return difference;
+        };
+        let same_viewer = facts.addresses == old_facts.addresses;
+        if Arc::ptr_eq(&self.0.layout, &older.0.layout) {
+            self.compare_slots(older, slot, same_viewer, &mut difference);
+        } else {
+            self.compare_ids(older, viewer, same_viewer, &mut difference);
+        }
+        difference.itself = facts.addresses != old_facts.addresses
+            || facts.subnets != old_facts.subnets
+            || facts.exits != old_facts.exits;
+        difference.filter = !self.0.same_shares(slot, facts, &older.0, old_slot, old_facts);
+        let same_rules = self.policy().is_same(older.policy());
+        let without_ssh = self.policy().body().ssh.is_empty() && older.policy().body().ssh.is_empty();
+        difference.ssh = !without_ssh && self.ssh_rules(viewer) != older.ssh_rules(viewer);
+        // Attributes follow from the policy, the node itself and its user.
+        let unmoved =
+            same_rules && Arc::ptr_eq(facts, old_facts) && Arc::ptr_eq(&self.0.users, &older.0.users);
+        difference.attributes = !unmoved && self.attributes(viewer) != older.attributes(viewer);
+        difference
+    }
+
+    /// Peers that differ, where both states have the same node in each slot.
+    fn compare_slots(&self, older: &Self, viewer: usize, same_viewer: bool, difference: &mut Difference) {
+        let (now, before) = (&self.0, &older.0);
+        let id = |state: &State, slot: usize| Some(state.slots.get(slot)?.as_ref()?.node.id);
+        for slot in 0..now.slots.len() {
+            let saw = slot < before.slots.len() && before.sees(viewer, slot);
+            match (now.sees(viewer, slot), saw) {
+                (true, true) => {
+                    if self.alters(older, (viewer, slot), (viewer, slot), same_viewer) {
+                        difference.altered.extend(id(now, slot));
+                    }
+                }
+                (true, false) => difference.appeared.extend(id(now, slot)),
+                (false, true) => difference.vanished.extend(id(before, slot)),
+                (false, false) => {}
+            }
+        }
+    }
+
+    /// The same for any two states.
+    fn compare_ids(&self, older: &Self, viewer: NodeId, same_viewer: bool, difference: &mut Difference) {
+        let slots = |network: &Self, peer| Some((network.slot(viewer)?, network.slot(peer)?));
         let mut was: Vec<NodeId> = older.peers(viewer).collect();
         was.reverse();
-        let same_routes = Arc::ptr_eq(&self.0.routes, &older.0.routes);
-        let same_viewer = match (now, before) {
-            (Some((_, now)), Some((_, before))) => now.addresses == before.addresses,
-            _ => false,
-        };
         for peer in self.peers(viewer) {
             while was.last().is_some_and(|old| *old < peer) {
                 difference.vanished.extend(was.pop());
@@ -229,32 +275,23 @@ impl Network {
                 continue;
             }
             was.pop();
-            if self.alters(older, viewer, peer, same_routes && same_viewer) {
+            if let (Some(now), Some(before)) = (slots(self, peer), slots(older, peer))
+                && self.alters(older, now, before, same_viewer)
+            {
                 difference.altered.push(peer);
             }
         }
         difference.vanished.extend(was.into_iter().rev());
-        if let (Some((slot, facts)), Some((old_slot, old_facts))) = (now, before) {
-            difference.itself = facts.addresses != old_facts.addresses
-                || facts.subnets != old_facts.subnets
-                || facts.exits != old_facts.exits;
-            difference.filter = !self.0.same_shares(slot, facts, &older.0, old_slot, old_facts);
-        } else {
-            difference.filter = now.is_some();
-            difference.itself = now.is_some();
-        }
-        difference.ssh = self.ssh_rules(viewer) != older.ssh_rules(viewer);
-        difference.attributes = self.attributes(viewer) != older.attributes(viewer);
-        difference
     }
 
-    /// Is a peer that stays another one for this viewer?
-    fn alters(&self, older: &Self, viewer: NodeId, peer: NodeId, same_view: bool) -> bool {
-        let (Some((_, facts)), Some((_, old))) = (self.facts(peer), older.facts(peer)) else { return false };
-        if same_view && Arc::ptr_eq(facts, old) {
+    /// Is a peer that stays another one for this viewer? Both by their slots, now and before.
+    fn alters(&self, older: &Self, now: (usize, usize), before: (usize, usize), same_viewer: bool) -> bool {
+        let (Some(facts), Some(old)) = (&self.0.slots[now.1], &older.0.slots[before.1]) else { return false };
+        let same_routes = Arc::ptr_eq(&self.0.routes, &older.0.routes) || !facts.is_router();
+        if same_viewer && same_routes && Arc::ptr_eq(facts, old) {
             return false;
         }
-        self.routes(viewer, peer) != older.routes(viewer, peer)
-            || self.peer_caps(viewer, peer) != older.peer_caps(viewer, peer)
+        facts.exits.is_empty() != old.exits.is_empty()
+            || self.0.routes_of(now.0, now.1) != older.0.routes_of(before.0, before.1)
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct State {
     pub(crate) policy: Policy,
     pub(crate) users: Arc<Vec<User>>,
     pub(crate) settings: Settings,
+    /// The same in all states that have the same nodes in the same slots, as far as they have them.
+    pub(crate) layout: Arc<()>,
     /// In the order of ids; empty where a node has gone.
     pub(crate) slots: Vec<Option<Arc<Facts>>>,
     pub(crate) ids: HashMap<NodeId, usize>,
@@ -119,6 +121,7 @@ impl State {
             policy,
             users,
             settings,
+            layout: Arc::new(()),
             slots,
             ids,
             owned: HashMap::new(),
