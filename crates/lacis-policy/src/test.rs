@@ -78,8 +78,8 @@ fn covers(access: &(Option<u8>, Vec<PortRange>), protocol: Option<u8>, ports: Po
         (None, None) => true,
         (None, Some(protocol)) => USUAL.contains(&protocol),
         (Some(rule), Some(protocol)) => rule == protocol,
-        // Without a protocol any of the usual ones is meant.
-        (Some(rule), None) => USUAL.contains(&rule),
+        // Without a protocol TCP or UDP is meant: the others have no ports.
+        (Some(rule), None) => matches!(rule, 6 | 17),
     };
     fits && access.1.iter().any(|range| range.first <= ports.first && ports.last <= range.last)
 }
