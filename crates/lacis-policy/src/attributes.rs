@@ -3,9 +3,9 @@
 use ipnet::IpNet;
 use lacis_wire::control::{CapMap, NodeId};
 
-use crate::facts::Facts;
+use crate::facts::{Facts, means_node};
 use crate::network::Network;
-use crate::population::Role;
+use crate::population::{Node, Role};
 use crate::state::State;
 
 /// What every node may do.
@@ -31,10 +31,19 @@ impl Network {
 
     /// The pools that a node's IPv4 address is to come from; none: any address will do.
     pub fn pools(&self, node: NodeId) -> Vec<IpNet> {
-        let Some(slot) = self.slot(node) else { return Vec::new() };
-        let entries = self.0.policy.body().node_attrs.iter().enumerate();
-        let own = entries.filter(|(entry, _)| self.0.is_target(*entry, slot));
-        own.flat_map(|(_, attrs)| attrs.ip_pool.iter().map(|pool| pool.what)).collect()
+        let node = self.slot(node).and_then(|slot| self.0.slots[slot].as_ref());
+        node.map_or_else(Vec::new, |facts| self.pools_for(&facts.node))
+    }
+
+    /// The same for a node that is about to join.
+    pub fn pools_for(&self, node: &Node) -> Vec<IpNet> {
+        let body = self.policy().body();
+        let user = self.0.user_of(node);
+        let entries = body.node_attrs.iter().filter(|attrs| {
+            !attrs.ip_pool.is_empty()
+                && attrs.target.iter().any(|target| means_node(body, &target.what, node, user))
+        });
+        entries.flat_map(|attrs| attrs.ip_pool.iter().map(|pool| pool.what)).collect()
     }
 }
 
