@@ -337,3 +337,31 @@ async fn a_session_to_be_checked_waits_for_an_administrator() {
     assert_eq!(b.get_json(&path).await.unwrap()["reject"], true, "and no longer than the rule");
     server.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn new_nodes_get_addresses_from_the_pool_that_the_policy_names_for_them() {
+    let server = Server::start().await;
+    let v4 = |machine: &Machine| server.core.find(&machine.node_key).unwrap().1.v4.to_string();
+    let before = machine_of(&server, "alice", "before").await;
+    let text = r#"{
+      "acls": [],
+      "nodeAttrs": [{"target": ["alice@"], "ipPool": ["100.81.0.0/30"]}],
+    }"#;
+    set(&server, text).await.unwrap();
+    assert_eq!(v4(&before), "100.64.0.1", "who is there keeps what it has");
+    assert_eq!(v4(&machine_of(&server, "alice", "a").await), "100.81.0.1");
+    assert_eq!(v4(&machine_of(&server, "bob", "b").await), "100.64.0.2");
+    let second = machine_of(&server, "alice", "c").await;
+    assert_eq!(v4(&second), "100.81.0.2");
+
+    let key = server.key("lab", common::of_alice(false)).await;
+    let late = server.machine("late").await;
+    let refusal = late.register(Some(&key)).await.error;
+    assert_eq!(refusal, "the policy's ipPool 100.81.0.0/30 has no free address");
+    let (lab, node) = server.core.find(&second.node_key).unwrap();
+    server.core.delete_node(&lab, &node).await.unwrap();
+    assert_eq!(late.register(Some(&key)).await.error, "", "the refusal has not spent the key");
+    assert_eq!(v4(&late), "100.81.0.2");
+    drop((lab, node));
+    server.end().await;
+}

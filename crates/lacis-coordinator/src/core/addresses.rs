@@ -1,10 +1,13 @@
 //! Addresses of nodes: one IPv4 and one IPv6 each, stable for the node's life.
 //!
 //! Both come from one number, so that they are found and given back together: 100.64.0.0 + n and
-//! fd7a:115c:a1e0:: + n. Clients assume these ranges (routes, reverse zones and filters are built on them).
+//! fd7a:115c:a1e0:: + n. Clients assume these ranges (routes, reverse zones and filters are built on them). Where the
+//! policy says so, the number comes from a pool.
 
 use std::collections::HashSet;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
 
 const V4_BASE: u32 = u32::from_be_bytes([100, 64, 0, 0]);
 /// Hosts of 100.64.0.0/10.
@@ -32,6 +35,11 @@ fn usable(n: u32) -> bool {
         && !(second == 115 && (third & 0xfe) == 92)
 }
 
+/// Of an address outside the range: [`POOL`] or more.
+fn number(v4: Ipv4Addr) -> u32 {
+    u32::from(v4).wrapping_sub(V4_BASE)
+}
+
 fn pair(n: u32) -> (Ipv4Addr, Ipv6Addr) {
     (Ipv4Addr::from(V4_BASE + n), Ipv6Addr::from(V6_BASE + u128::from(n)))
 }
@@ -49,18 +57,35 @@ impl Addresses {
         None
     }
 
-    /// Marks a pair that a node has (as read from the database) as given.
-    pub fn take(&mut self, v4: Ipv4Addr) {
-        let n = u32::from(v4).wrapping_sub(V4_BASE);
-        if n < POOL {
-            self.taken.insert(n);
+    /// Gives the lowest free pair whose IPv4 address is in the first of these pools that has one; `None` when all are
+    /// given. What is given otherwise goes on where it was.
+    pub fn give_from(&mut self, pools: &[IpNet]) -> Option<(Ipv4Addr, Ipv6Addr)> {
+        let nets = pools.iter().filter_map(|pool| match pool {
+            IpNet::V4(net) => Some(net),
+            IpNet::V6(_) => None,
+        });
+        let mut numbers = nets.flat_map(|net| net.hosts()).map(number);
+        let n = numbers.find(|n| *n < POOL && usable(*n) && !self.taken.contains(n))?;
+        self.taken.insert(n);
+        Some(pair(n))
+    }
+
+    /// Marks a pair that a node has (as read from the database) as given. Those that come next are above it, unless it
+    /// came from a pool.
+    pub fn take(&mut self, v4: Ipv4Addr, pools: &[IpNet]) {
+        let n = number(v4);
+        if n >= POOL {
+            return;
+        }
+        self.taken.insert(n);
+        if !pools.iter().any(|pool| pool.contains(&IpAddr::V4(v4))) {
             self.next = self.next.max((n + 1) % POOL);
         }
     }
 
     /// Takes a deleted node's pair back.
     pub fn give_back(&mut self, v4: Ipv4Addr) {
-        self.taken.remove(&u32::from(v4).wrapping_sub(V4_BASE));
+        self.taken.remove(&number(v4));
     }
 }
 
@@ -95,10 +120,36 @@ mod tests {
     #[test]
     fn an_address_is_given_again_only_after_it_came_back() {
         let mut addresses = Addresses::default();
-        addresses.take(Ipv4Addr::new(100, 64, 0, 1));
+        addresses.take(Ipv4Addr::new(100, 64, 0, 1), &[]);
         let (second, _) = addresses.give().unwrap();
         assert_eq!(second, Ipv4Addr::new(100, 64, 0, 2));
         addresses.give_back(second);
         assert_eq!(addresses.give().unwrap().0, Ipv4Addr::new(100, 64, 0, 3));
+    }
+
+    #[test]
+    fn a_pool_gives_its_hosts_from_the_lowest_and_then_no_more() {
+        let pools: Vec<IpNet> = ["100.81.0.8/30", "100.90.0.1/32"].map(|net| net.parse().unwrap()).to_vec();
+        let mut addresses = Addresses::default();
+        let give = |addresses: &mut Addresses| addresses.give_from(&pools).map(|(v4, _)| v4.to_string());
+        let all: Vec<_> = std::iter::from_fn(|| give(&mut addresses)).collect();
+        assert_eq!(all, ["100.81.0.9", "100.81.0.10", "100.90.0.1"]);
+        assert_eq!(addresses.give().unwrap().0, Ipv4Addr::new(100, 64, 0, 1), "others are not drawn there");
+        addresses.give_back(Ipv4Addr::new(100, 81, 0, 9));
+        let (v4, v6) = addresses.give_from(&pools).unwrap();
+        assert_eq!((v4, v6), (Ipv4Addr::new(100, 81, 0, 9), "fd7a:115c:a1e0::11:9".parse().unwrap()));
+        // What the policy's language lets through and is reserved all the same.
+        assert_eq!(addresses.give_from(&["100.64.0.0/32".parse().unwrap()]), None);
+        assert_eq!(addresses.give_from(&["10.0.0.0/30".parse().unwrap()]), None);
+    }
+
+    #[test]
+    fn after_a_restart_others_still_stay_out_of_a_pool() {
+        let pools: [IpNet; 1] = ["100.81.0.0/24".parse().unwrap()];
+        let mut addresses = Addresses::default();
+        addresses.take(Ipv4Addr::new(100, 64, 0, 7), &[]);
+        addresses.take(Ipv4Addr::new(100, 81, 0, 1), &pools);
+        assert_eq!(addresses.give().unwrap().0, Ipv4Addr::new(100, 64, 0, 8));
+        assert_eq!(addresses.give_from(&pools).unwrap().0, Ipv4Addr::new(100, 81, 0, 2));
     }
 }

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
-use super::{Core, auth_key, names, now};
+use super::{Core, auth_key, names, now, rules};
 use crate::store::{self, AuthKeyRow, NodeFacts, NodeRow, Write};
 
 /// Why a node may not join. The texts are those that users know from other servers of this protocol.
@@ -36,6 +36,8 @@ pub enum Refused {
     Tags(String),
     #[error("no free address in this network")]
     NoAddress,
+    #[error("the policy's ipPool {0} has no free address")]
+    PoolEmpty(String),
     #[error("registration failed; ask the administrator to look at the coordinator's log")]
     Store(#[from] store::Error),
     #[error("registration failed: the server has no randomness")]
@@ -348,7 +350,7 @@ impl Core {
                 locked.put(NodeRecord { name, ..renewed(current) }, What::Whole)
             }
             None => {
-                let reserved = Reserved::new(tailnet, self.next_node(), &applicant.hostinfo.hostname)?;
+                let reserved = Reserved::new(tailnet, self.next_node(), &identity, &applicant.hostinfo)?;
                 let row = NodeRow {
                     id: reserved.id.0,
                     tailnet: tailnet.settings.name.clone(),
@@ -438,10 +440,23 @@ struct Reserved<'a> {
 }
 
 impl<'a> Reserved<'a> {
-    fn new(tailnet: &'a Tailnet, id: lacis_wire::control::NodeId, hostname: &str) -> Result<Self, Refused> {
+    fn new(
+        tailnet: &'a Tailnet,
+        id: lacis_wire::control::NodeId,
+        identity: &Identity,
+        hostinfo: &Hostinfo,
+    ) -> Result<Self, Refused> {
         let mut locked = tailnet.lock();
-        let (v4, v6) = locked.state.addresses.give().ok_or(Refused::NoAddress)?;
-        let name = names::free(&names::label(hostname), |name| locked.state.names.contains_key(name));
+        let newcomer = rules::newcomer(id, identity.user, &identity.tags, hostinfo);
+        let pools = locked.snapshot().network.pools_for(&newcomer);
+        let (v4, v6) = if pools.is_empty() {
+            locked.state.addresses.give().ok_or(Refused::NoAddress)?
+        } else {
+            let texts = || pools.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            locked.state.addresses.give_from(&pools).ok_or_else(|| Refused::PoolEmpty(texts()))?
+        };
+        let label = names::label(&hostinfo.hostname);
+        let name = names::free(&label, |name| locked.state.names.contains_key(name));
         locked.state.names.insert(name.clone(), id);
         Ok(Self { tailnet, id, name, v4, v6, keep: false })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lacis_policy::{Node, Population, Settings, User};
-use lacis_wire::control::{Hostinfo, UserId};
+use lacis_wire::control::{Hostinfo, NodeId, UserId};
 
 use super::record::{NodeRecord, UserRecord};
 
@@ -23,6 +23,11 @@ pub(super) fn node(record: &NodeRecord) -> Node {
         posture: posture(&record.hostinfo),
         online: is_there(record),
     }
+}
+
+/// A node that is about to join, as far as the policy can know it before it has a name and addresses.
+pub(super) fn newcomer(id: NodeId, user: Option<UserId>, tags: &[String], hostinfo: &Hostinfo) -> Node {
+    Node { id, user, tags: tags.to_vec(), posture: posture(hostinfo), ..Node::default() }
 }
 
 /// What a node says of itself, as postures name it. Of a version the number counts, not the build.

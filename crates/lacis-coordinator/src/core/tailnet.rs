@@ -171,7 +171,6 @@ impl Tailnet {
         let mut state = State::default();
         nodes.sort_by_key(|node| node.id);
         for node in &mut nodes {
-            state.addresses.take(node.v4);
             // Names that follow their hosts are written later than they are given: after a crash two nodes may
             // have the same one in the database.
             if state.names.contains_key(&node.name) {
@@ -184,6 +183,9 @@ impl Tailnet {
         let nodes: Vec<_> = nodes.into_iter().map(Arc::new).collect();
         let users = users.into_iter().map(|user| (user.id, Arc::new(user))).collect();
         let network = Network::compile(policy, rules::population(&users, &nodes));
+        for node in &nodes {
+            state.addresses.take(node.v4, &network.pools(node.id));
+        }
         Self {
             settings,
             state: Mutex::new(state),
