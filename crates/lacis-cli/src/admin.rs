@@ -2,6 +2,7 @@
 
 mod nodes;
 mod policy;
+mod users;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,8 +11,8 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use http::Method;
 use lacis_wire::admin::{
-    self, ApproveRegistration, CreateKey, CreateUser, CreatedKey, DecideSshCheck, KeyInfo, NodeInfo,
-    RegistrationInfo, SshCheckInfo, TailnetInfo, UserInfo,
+    self, ApproveRegistration, CreateKey, CreatedKey, DecideSshCheck, KeyInfo, NodeInfo, RegistrationInfo,
+    SshCheckInfo, TailnetInfo,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -54,7 +55,7 @@ pub(crate) struct Admin {
 enum AdminCommand {
     /// People
     #[command(subcommand)]
-    Users(Users),
+    Users(users::Users),
     /// Pre-auth keys, by which nodes join
     #[command(subcommand)]
     Keys(Keys),
@@ -73,20 +74,6 @@ enum AdminCommand {
     /// Networks of this coordinator
     #[command(subcommand)]
     Tailnets(Tailnets),
-}
-
-#[derive(Debug, Subcommand)]
-enum Users {
-    /// Add a user
-    Create {
-        name: String,
-        #[arg(long)]
-        display_name: Option<String>,
-    },
-    /// Show users
-    List,
-    /// Remove a user who has no nodes
-    Delete { name: String },
 }
 
 #[derive(Debug, Subcommand)]
@@ -254,28 +241,6 @@ impl Coordinator {
                     vec![one.name.clone(), one.domain.clone(), one.nodes.to_string(), one.users.to_string()]
                 };
                 self.list(&["NAME", "DOMAIN", "NODES", "USERS"], &all, row)
-            }
-        }
-    }
-
-    async fn users(&self, command: Users) -> anyhow::Result<()> {
-        match command {
-            Users::Create { name, display_name } => {
-                let path = self.path("/users").await?;
-                let user: UserInfo = self.post(&path, &CreateUser { name, display_name }).await?;
-                self.one(&user, || format!("user {} has the id {}", user.name, user.id))
-            }
-            Users::List => {
-                let all: Vec<UserInfo> = self.get(&self.path("/users").await?).await?;
-                let row = |user: &UserInfo| {
-                    let texts = [user.id.to_string(), user.name.clone(), user.display_name.clone()];
-                    [texts.to_vec(), vec![user.nodes.to_string(), moment(Some(user.created))]].concat()
-                };
-                self.list(&["ID", "NAME", "DISPLAY NAME", "NODES", "CREATED"], &all, row)
-            }
-            Users::Delete { name } => {
-                self.send(Method::DELETE, &self.path(&format!("/users/{}", escaped(&name))).await?).await?;
-                self.done(format!("user {name} is deleted"))
             }
         }
     }

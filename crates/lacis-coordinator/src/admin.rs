@@ -11,9 +11,9 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use lacis_policy::Population;
 use lacis_wire::admin::{
-    ApiError, ApproveRegistration, ApproveRoutes, CreateKey, CreateUser, CreatedKey, DecideSshCheck, KeyInfo,
-    NodeInfo, PREFIX, PolicyInfo, PolicyProblem, RegistrationInfo, RenameNode, SetPolicy, SetTags,
-    SshCheckInfo, TailnetInfo, UserInfo,
+    ApiError, ApproveRegistration, ApproveRoutes, ChangeUser, CreateKey, CreateUser, CreatedKey,
+    DecideSshCheck, KeyInfo, NodeInfo, PREFIX, PolicyInfo, PolicyProblem, RegistrationInfo, RenameNode,
+    SetPolicy, SetTags, SshCheckInfo, TailnetInfo, UserInfo,
 };
 
 use crate::core::registration::Refused;
@@ -53,9 +53,15 @@ impl From<AdminError> for Failure {
             AdminError::UserOrTags => {
                 (StatusCode::BAD_REQUEST, Some("give --user NAME or --tags tag:a,tag:b".to_owned()))
             }
-            AdminError::BadName(_) | AdminError::BadUserName(_) | AdminError::BadTag(_) => {
-                (StatusCode::BAD_REQUEST, None)
-            }
+            AdminError::BadName(_)
+            | AdminError::BadUserName { .. }
+            | AdminError::BadEmail(_)
+            | AdminError::BadRole { .. }
+            | AdminError::BadTag(_) => (StatusCode::BAD_REQUEST, None),
+            AdminError::EmailTaken { .. } => (
+                StatusCode::CONFLICT,
+                Some("policies could not tell the two apart: choose another".to_owned()),
+            ),
             AdminError::NoTags => (
                 StatusCode::BAD_REQUEST,
                 Some("to give a tagged node to a person, let it sign in again as theirs".to_owned()),
@@ -106,7 +112,7 @@ pub fn router(core: Core) -> Router {
     let routes = Router::new()
         .route("/tailnets", get(list_tailnets))
         .route("/tailnets/{tailnet}/users", get(list_users).post(create_user))
-        .route("/tailnets/{tailnet}/users/{user}", delete(delete_user))
+        .route("/tailnets/{tailnet}/users/{user}", delete(delete_user).patch(change_user))
         .route("/tailnets/{tailnet}/keys", get(list_keys).post(create_key))
         .route("/tailnets/{tailnet}/keys/{key}/expire", post(expire_key))
         .route("/tailnets/{tailnet}/nodes", get(list_nodes))
@@ -157,7 +163,15 @@ async fn create_user(
     Body(wish): Body<CreateUser>,
 ) -> Answer<UserInfo> {
     let tailnet = tailnet(&core, &name)?;
-    Ok(Json(core.create_user(tailnet, &wish.name, wish.display_name.as_deref()).await?))
+    Ok(Json(core.create_user(tailnet, &wish).await?))
+}
+
+async fn change_user(
+    State(core): State<Core>,
+    Path((name, user)): Path<(String, String)>,
+    Body(wish): Body<ChangeUser>,
+) -> Answer<UserInfo> {
+    Ok(Json(core.change_user(tailnet(&core, &name)?, &user, &wish).await?))
 }
 
 async fn delete_user(State(core): State<Core>, Path((name, user)): Path<(String, String)>) -> Answer<()> {

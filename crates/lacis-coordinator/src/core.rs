@@ -24,6 +24,7 @@ mod ssh_checks;
 mod tags;
 pub mod tailnet;
 mod update;
+mod users;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;

@@ -10,6 +10,7 @@ mod sqlite;
 
 use std::path::PathBuf;
 
+use lacis_policy::Role;
 use tokio::sync::{mpsc, oneshot};
 
 pub use rows::{AuthKeyRow, Loaded, NodeFacts, NodeRow, PolicyRow, UserRow};
@@ -21,6 +22,12 @@ const QUEUE: usize = 1024;
 #[derive(Clone, Debug)]
 pub enum Write {
     InsertUser(UserRow),
+    /// Another email address and other roles of the user with this id.
+    ChangeUser {
+        id: i64,
+        email: Option<String>,
+        roles: Vec<Role>,
+    },
     DeleteUser(i64),
     InsertKey(AuthKeyRow),
     /// Spends a single-use key; the whole job fails with [`Error::KeyNotUsable`] when it is spent or revoked.

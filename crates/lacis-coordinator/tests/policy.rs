@@ -9,7 +9,8 @@ use std::time::Duration;
 use common::{Machine, PATIENCE, Server};
 use http::StatusCode;
 use lacis_coordinator::store::{PolicyRow, Store, Write};
-use lacis_wire::admin::{CreateKey, PolicyFormat, SetPolicy};
+use lacis_policy::Role;
+use lacis_wire::admin::{ChangeUser, CreateKey, PolicyFormat, SetPolicy};
 use lacis_wire::control::{MapResponse, Node, NodeId};
 
 const APART: &str = r#"{
@@ -364,4 +365,96 @@ async fn new_nodes_get_addresses_from_the_pool_that_the_policy_names_for_them() 
     assert_eq!(v4(&late), "100.81.0.2");
     drop((lab, node));
     server.end().await;
+}
+
+/// What the administration API answers on its socket.
+async fn ask(state: &Path, method: &str, path: &str, body: &str) -> (u16, serde_json::Value) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::UnixStream::connect(state.join("admin.sock")).await.unwrap();
+    let request = format!(
+        "{method} {}{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        lacis_wire::admin::PREFIX,
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), serde_json::from_str(body).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_and_email_addresses_make_a_policy_mean_somebody_at_once() {
+    let server = Server::start().await;
+    let (a, b) = (machine_of(&server, "alice", "a").await, machine_of(&server, "bob@example.org", "b").await);
+    let text = r#"{
+      "tagOwners": {"tag:web": ["autogroup:admin"]},
+      "acls": [
+        {"action": "accept", "src": ["autogroup:admin"], "dst": ["*:22"]},
+        {"action": "accept", "src": ["ada@example.org"], "dst": ["bob@example.org:80"]},
+      ],
+    }"#;
+    set(&server, text).await.unwrap();
+    let mut stream = b.stream().await;
+    let first = stream.next().await.unwrap();
+    assert!(first.peers.is_empty() && first.node.is_some_and(|node| is_admin(&node)), "nobody has a role");
+
+    let lab = server.core.tailnet("lab").unwrap().clone();
+    let mail = ChangeUser { email: Some("ada@example.org".into()), roles: None };
+    server.core.change_user(&lab, "alice", &mail).await.unwrap();
+    let frame = stream.next().await.unwrap();
+    assert_eq!(frame.peers_changed[0].id, id(&server, &a));
+    assert_eq!(ports(&frame), [80]);
+
+    let alice = "/tailnets/lab/users/alice";
+    let state = server.state();
+    let (status, info) = ask(&state, "PATCH", alice, r#"{"roles": ["auditor", "admin"]}"#).await;
+    assert_eq!((status, &info["email"]), (200, &"ada@example.org".into()), "{info}");
+    assert_eq!(info["roles"], serde_json::json!(["admin", "auditor"]));
+    let frame = stream.next().await.unwrap();
+    assert_eq!(ports(&frame), [22, 80]);
+    assert!(frame.node.is_some_and(|node| !is_admin(&node)), "now there is one, and it is another");
+    let mut web = server.machine("web").await;
+    web.tags = vec!["tag:web".into()];
+    let key = server.key("lab", common::of_alice(false)).await;
+    assert_eq!(web.register(Some(&key)).await.error, "");
+
+    for (method, path, body, status, said) in [
+        ("PATCH", alice, r#"{"roles": ["root"]}"#, 400, "owner, admin, network-admin"),
+        ("PATCH", alice, r#"{"email": "Bob@Example.org"}"#, 409, "bob@example.org"),
+        ("PATCH", alice, r#"{"email": "alice"}"#, 400, "email address"),
+        ("PATCH", "/tailnets/lab/users/nobody", "{}", 404, "nobody"),
+        ("POST", "/tailnets/lab/users", r#"{"name": "ADA@example.org"}"#, 409, "alice"),
+        ("POST", "/tailnets/lab/users", r#"{"name": "c", "email": "ada@example.ORG"}"#, 409, "alice"),
+    ] {
+        let (code, answer) = ask(&state, method, path, body).await;
+        assert_eq!(code, status, "{answer}");
+        assert!(answer["error"].as_str().unwrap().contains(said), "{answer}");
+    }
+
+    let server = Server::start_in(server.end().await).await;
+    let lab = server.core.tailnet("lab").unwrap().clone();
+    let users = server.core.population(&lab).users;
+    assert_eq!(users[0].email.as_deref(), Some("ada@example.org"));
+    assert_eq!(users[0].roles, [Role::Admin, Role::Auditor]);
+    assert_eq!((&users[1].email, users[1].roles.as_slice()), (&None, &[][..]));
+    let nothing = ChangeUser { email: Some(String::new()), roles: Some(Vec::new()) };
+    let info = server.core.change_user(&lab, "alice", &nothing).await.unwrap();
+    assert_eq!((info.email, info.roles), (None, Vec::new()));
+    server.end().await;
+}
+
+fn is_admin(node: &Node) -> bool {
+    node.cap_map.contains_key("https://tailscale.com/cap/is-admin")
+}
+
+/// The ports that a frame's filter opens, in their order.
+fn ports(frame: &MapResponse) -> Vec<u16> {
+    let rules = frame.packet_filters.as_ref().unwrap()["base"].clone().unwrap();
+    let mut ports: Vec<_> =
+        rules.iter().flat_map(|rule| rule.dst_ports.iter().map(|dst| dst.ports.first)).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }

@@ -38,23 +38,48 @@ pub struct TailnetInfo {
     pub users: usize,
 }
 
-/// `GET /tailnets/{tailnet}/users`, `POST` with [`CreateUser`], `DELETE …/users/{name}`.
+/// `GET /tailnets/{tailnet}/users`, `POST` with [`CreateUser`]; `PATCH …/users/{name}` with [`ChangeUser`]; `DELETE
+/// …/users/{name}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserInfo {
     pub id: UserId,
     pub name: String,
     pub display_name: String,
+    /// By which policies may call them as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub email: Option<String>,
+    /// What they are in the network: those of `owner`, `admin`, `network-admin`, `it-admin`, `billing-admin` and
+    /// `auditor` that they have, in this order.
+    #[serde(default)]
+    pub roles: Vec<String>,
     pub nodes: usize,
     #[serde(with = "time::serde::rfc3339")]
     pub created: OffsetDateTime,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateUser {
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub display_name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub email: Option<String>,
+    /// As in [`UserInfo`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roles: Vec<String>,
+}
+
+/// What is to be otherwise about a user.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ChangeUser {
+    /// Empty: none any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub email: Option<String>,
+    /// These and no others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roles: Option<Vec<String>>,
 }
 
 /// `POST /tailnets/{tailnet}/keys`: a key for one user, or for tagged nodes.

@@ -1,25 +1,24 @@
-//! What an administrator does: users, auth keys, and nodes by hand.
+//! What an administrator does: auth keys, and nodes by hand.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lacis_wire::admin::{CreateKey, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo, TailnetInfo, UserInfo};
+use lacis_wire::admin::{CreateKey, CreatedKey, KeyInfo, NodeInfo, RegistrationInfo, TailnetInfo};
 use lacis_wire::control::{NodeId, display_text};
 use time::OffsetDateTime;
 
-use super::record::{NodeRecord, UserRecord};
+use super::record::NodeRecord;
 use super::registration::Refused;
 use super::tags::is_tag;
 use super::tailnet::{Tailnet, What};
 use super::{Core, auth_key, names, now, routes};
-use crate::store::{self, AuthKeyRow, UserRow, Write};
+use crate::store::{self, AuthKeyRow, Write};
 
 /// How long a key can be used when nothing is said.
 const KEY_LIFETIME_SECONDS: u64 = 24 * 3600;
 /// A hundred years: dates stay dates that can be written.
 const MAX_LIFETIME_SECONDS: u64 = 100 * 365 * 24 * 3600;
-const USER_NAME: usize = 100;
 
 /// Why an administrator's wish is refused, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -34,8 +33,14 @@ pub enum AdminError {
     HasNodes { name: String, nodes: usize },
     #[error("{0}")]
     BadName(#[from] names::BadName),
-    #[error("{0:?} is no user name: use letters, digits and . _ - + @, at most {USER_NAME} characters")]
-    BadUserName(String),
+    #[error("{name:?} is no user name: use letters, digits and . _ - + @, at most {longest} characters")]
+    BadUserName { name: String, longest: usize },
+    #[error("{0:?} is no email address such as ada@example.org, of letters, digits and . _ - +")]
+    BadEmail(String),
+    #[error("{email:?} means the user {owner:?} already")]
+    EmailTaken { email: String, owner: String },
+    #[error("{name:?} is no role; there are {known}")]
+    BadRole { name: String, known: String },
     #[error("{0:?} is no tag: tags look like tag:web, with letters, digits and hyphens after a first letter")]
     BadTag(String),
     #[error("a key is for a user or for tags, and not for both")]
@@ -59,7 +64,7 @@ pub enum AdminError {
     Random(#[from] getrandom::Error),
 }
 
-fn moment(seconds: i64) -> OffsetDateTime {
+pub(super) fn moment(seconds: i64) -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 
@@ -81,68 +86,6 @@ impl Core {
             }
         };
         self.tailnets().map(info).collect()
-    }
-
-    pub fn list_users(&self, tailnet: &Tailnet) -> Vec<UserInfo> {
-        let snapshot = tailnet.snapshot();
-        let nodes =
-            |user: &UserRecord| snapshot.nodes.iter().filter(|node| node.user == Some(user.id)).count();
-        snapshot.users.values().map(|user| user_info(user, nodes(user))).collect()
-    }
-
-    /// Adds a user.
-    ///
-    /// # Errors
-    /// When the name is bad or taken, or it cannot be stored.
-    pub async fn create_user(
-        &self,
-        tailnet: &Tailnet,
-        name: &str,
-        display_name: Option<&str>,
-    ) -> Result<UserInfo, AdminError> {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+@".contains(c);
-        if name.is_empty() || name.len() > USER_NAME || !name.chars().all(allowed) {
-            return Err(AdminError::BadUserName(display_text(name)));
-        }
-        let exists = || AdminError::Exists { what: "user", name: name.to_owned() };
-        if tailnet.snapshot().user_named(name).is_some() {
-            return Err(exists());
-        }
-        let row = UserRow {
-            id: self.next_user().0,
-            tailnet: tailnet.settings.name.clone(),
-            name: name.to_owned(),
-            display_name: display_text(display_name.unwrap_or(name)),
-            created: now(),
-        };
-        // The database has the last word when two do this at once.
-        if let Err(error) = self.0.store.commit(vec![Write::InsertUser(row.clone())]).await {
-            return Err(if tailnet.snapshot().user_named(name).is_some() { exists() } else { error.into() });
-        }
-        let user = Arc::new(UserRecord::from(row));
-        tailnet.lock().edit_users(|users| {
-            users.insert(user.id, Arc::clone(&user));
-        });
-        Ok(user_info(&user, 0))
-    }
-
-    /// Takes out a user who has no nodes any more, and their keys.
-    ///
-    /// # Errors
-    /// When there is no such user, or they have nodes.
-    pub async fn delete_user(&self, tailnet: &Tailnet, name: &str) -> Result<(), AdminError> {
-        let snapshot = tailnet.snapshot();
-        let user = snapshot.user_named(name).ok_or_else(|| not_found("user", name))?;
-        let nodes = snapshot.nodes.iter().filter(|node| node.user == Some(user.id)).count();
-        if nodes > 0 {
-            return Err(AdminError::HasNodes { name: name.to_owned(), nodes });
-        }
-        self.0.store.commit(vec![Write::DeleteUser(user.id.0)]).await?;
-        self.auth_keys().retain(|_, key| key.user != Some(user.id.0));
-        tailnet.lock().edit_users(|users| {
-            users.remove(&user.id);
-        });
-        Ok(())
     }
 
     /// Makes an auth key. Only this answer has it.
@@ -310,18 +253,8 @@ impl Core {
     }
 }
 
-fn not_found(what: &'static str, name: &str) -> AdminError {
+pub(super) fn not_found(what: &'static str, name: &str) -> AdminError {
     AdminError::NotFound { what, name: display_text(name) }
-}
-
-fn user_info(user: &UserRecord, nodes: usize) -> UserInfo {
-    UserInfo {
-        id: user.id,
-        name: user.name.clone(),
-        display_name: user.display_name.clone(),
-        nodes,
-        created: moment(user.created),
-    }
 }
 
 fn key_info(tailnet: &Tailnet, key: &AuthKeyRow) -> KeyInfo {

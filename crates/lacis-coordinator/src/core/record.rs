@@ -4,12 +4,11 @@
 //! except of nodes that show different peers different things: routers, by policy.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
-use lacis_policy::{Network, PeerRoutes};
+use lacis_policy::{Network, PeerRoutes, Role};
 use lacis_wire::control::{CapMap, Hostinfo, Node, NodeId, UserId, UserProfile, display_text};
 use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
 use serde_json::value::RawValue;
@@ -29,12 +28,17 @@ pub struct UserRecord {
     pub id: UserId,
     pub name: String,
     pub display_name: String,
+    /// By which policies may call them as well.
+    pub email: Option<String>,
+    /// Sorted.
+    pub roles: Vec<Role>,
     pub created: i64,
 }
 
 impl From<UserRow> for UserRecord {
     fn from(row: UserRow) -> Self {
-        Self { id: UserId(row.id), name: row.name, display_name: row.display_name, created: row.created }
+        let UserRow { id, tailnet: _, name, display_name, email, roles, created } = row;
+        Self { id: UserId(id), name, display_name, email, roles, created }
     }
 }
 
@@ -235,15 +239,6 @@ impl NodeRecord {
 
     /// The node as it is sent itself: with its capabilities, and all its approved routes.
     pub(super) fn self_node(&self, domain: &str, network: &Network) -> Node {
-        let flag = || None;
-        let mut cap_map: CapMap = BTreeMap::from([
-            ("https://tailscale.com/cap/is-admin".to_owned(), flag()),
-            ("https://tailscale.com/cap/ssh".to_owned(), flag()),
-            ("https://tailscale.com/cap/file-sharing".to_owned(), flag()),
-            ("default-auto-update".to_owned(), Some(vec![false.into()])),
-        ]);
-        let given = network.attributes(self.id);
-        cap_map.extend(given.iter().map(|(name, values)| (name.clone(), values.clone())));
         let mut node = self.wire(domain);
         node.addresses = network.addresses(self.id);
         let approved = network.approved(self.id);
@@ -253,7 +248,7 @@ impl NodeRecord {
         node.hostinfo.net_info.clone_from(&self.hostinfo.net_info);
         node.online = None;
         node.last_seen = None;
-        node.cap_map = cap_map;
+        node.cap_map = network.attributes(self.id);
         node
     }
 }

@@ -62,8 +62,13 @@ pub(super) fn same(old: &NodeRecord, new: &NodeRecord) -> bool {
 }
 
 pub(super) fn users(records: &BTreeMap<UserId, Arc<UserRecord>>) -> Vec<User> {
-    let user =
-        |record: &Arc<UserRecord>| User { id: record.id, name: record.name.clone(), ..User::default() };
+    let user = |record: &Arc<UserRecord>| User {
+        id: record.id,
+        name: record.name.clone(),
+        email: record.email.clone(),
+        roles: record.roles.clone(),
+        groups: Vec::new(),
+    };
     records.values().map(user).collect()
 }
 

@@ -143,6 +143,8 @@ pub struct Tailnet {
     pub(super) policy: Mutex<PolicyState>,
     /// Policies are set one after another.
     pub(super) policy_turn: tokio::sync::Mutex<()>,
+    /// And so are users changed: no two get the same name or address.
+    pub(super) users_turn: tokio::sync::Mutex<()>,
     pub(super) frames: FrameCache,
 }
 
@@ -194,6 +196,7 @@ impl Tailnet {
             head: watch::Sender::new(0),
             policy: Mutex::default(),
             policy_turn: tokio::sync::Mutex::default(),
+            users_turn: tokio::sync::Mutex::default(),
             frames: FrameCache::default(),
         }
     }

@@ -1,6 +1,7 @@
 //! What the tables hold, in Rust.
 
 use ipnet::IpNet;
+use lacis_policy::Role;
 use lacis_wire::control::Hostinfo;
 use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,8 @@ pub struct UserRow {
     pub tailnet: String,
     pub name: String,
     pub display_name: String,
+    pub email: Option<String>,
+    pub roles: Vec<Role>,
     /// Unix seconds, as all times of the tables.
     pub created: i64,
 }

@@ -104,6 +104,8 @@ pub(super) async fn load(connection: &mut SqliteConnection, path: &Path) -> Resu
             tailnet: row.try_get("tailnet").map_err(failed)?,
             name: row.try_get("name").map_err(failed)?,
             display_name: row.try_get("display_name").map_err(failed)?,
+            email: row.try_get("email").map_err(failed)?,
+            roles: json(&row, "roles", path)?,
             created: row.try_get("created").map_err(failed)?,
         });
     }
@@ -218,13 +220,22 @@ async fn transaction(
 async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), Error> {
     let refused = |error: sqlx::Error| Error::Write { reason: error.to_string() };
     let query = match write {
-        Write::InsertUser(user) => {
-            sqlx::query("INSERT INTO users (id, tailnet, name, display_name, created) VALUES (?, ?, ?, ?, ?)")
-                .bind(user.id)
-                .bind(&user.tailnet)
-                .bind(&user.name)
-                .bind(&user.display_name)
-                .bind(user.created)
+        Write::InsertUser(user) => sqlx::query(
+            "INSERT INTO users (id, tailnet, name, display_name, email, roles, created) \
+             VALUES (?, ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(user.id)
+        .bind(&user.tailnet)
+        .bind(&user.name)
+        .bind(&user.display_name)
+        .bind(&user.email)
+        .bind(to_json(&user.roles)?)
+        .bind(user.created),
+        Write::ChangeUser { id, email, roles } => {
+            sqlx::query("UPDATE users SET email = ?, roles = ? WHERE id = ?")
+                .bind(email)
+                .bind(to_json(roles)?)
+                .bind(id)
         }
         Write::DeleteUser(id) => sqlx::query("DELETE FROM users WHERE id = ?").bind(id),
         Write::InsertKey(key) => sqlx::query(

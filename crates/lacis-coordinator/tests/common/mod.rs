@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use lacis_coordinator::config::Config;
 use lacis_coordinator::serve::Service;
 use lacis_wire::CURRENT_CAPABILITY_VERSION;
-use lacis_wire::admin::CreateKey;
+use lacis_wire::admin::{CreateKey, CreateUser};
 use lacis_wire::control::{
     Hostinfo, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, to_json,
 };
@@ -61,12 +61,17 @@ impl Server {
         self.state
     }
 
+    /// The state folder.
+    pub(crate) fn state(&self) -> std::path::PathBuf {
+        self.state.path().join("state")
+    }
+
     pub(crate) async fn key(&self, tailnet: &str, wish: CreateKey) -> String {
         let tailnet = self.core.tailnet(tailnet).unwrap();
         if let Some(user) = &wish.user
             && tailnet.snapshot().user_named(user).is_none()
         {
-            self.core.create_user(tailnet, user, None).await.unwrap();
+            self.core.create_user(tailnet, &user_called(user)).await.unwrap();
         }
         self.core.create_key(tailnet, &wish).await.unwrap().key
     }
@@ -98,6 +103,10 @@ pub(crate) async fn get(server: &Server, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+pub(crate) fn user_called(name: &str) -> CreateUser {
+    CreateUser { name: name.into(), ..CreateUser::default() }
 }
 
 pub(crate) fn of_alice(reusable: bool) -> CreateKey {

@@ -89,7 +89,7 @@ impl Own {
 
     /// A user and a reusable key.
     pub(super) async fn auth_key(&self) -> Result<String> {
-        let user = CreateUser { name: USER.to_owned(), display_name: None };
+        let user = CreateUser { name: USER.to_owned(), ..CreateUser::default() };
         let _: UserInfo = self.call(Method::POST, "users", &user).await?;
         let wish = CreateKey { user: Some(USER.to_owned()), reusable: true, ..CreateKey::default() };
         let key: CreatedKey = self.call(Method::POST, "keys", &wish).await?;
