@@ -218,7 +218,8 @@ fn sources(old: &Network, new: &Network, nodes: &[&Node]) -> Vec<Place> {
     let mut edges = BTreeSet::new();
     for node in nodes {
         for filter in [old.filter(node.id), new.filter(node.id)] {
-            edges.extend(filter.iter().flat_map(|rule| rule.src_ips.iter()).flat_map(|text| Span::read(text)));
+            edges
+                .extend(filter.iter().flat_map(|rule| rule.src_ips.iter()).flat_map(|text| Span::read(text)));
         }
     }
     for (node, net) in behind {

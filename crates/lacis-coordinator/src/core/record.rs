@@ -116,6 +116,16 @@ fn moment(seconds: i64) -> Option<OffsetDateTime> {
     OffsetDateTime::from_unix_timestamp(seconds).ok()
 }
 
+/// From this version on a client is taken to answer DNS questions over its peer API while it is an exit node.
+const PEER_DNS: u16 = 26;
+
+/// The version of a node as its peers are told it. A node without a peer API answers no questions there: a stock client
+/// that took it as exit node would be without DNS.
+pub(super) fn cap_for_peers(cap: u16, hostinfo: &Hostinfo) -> u16 {
+    let answers = hostinfo.services.iter().any(|service| service.proto.starts_with("peerapi"));
+    if answers { cap } else { cap.min(PEER_DNS - 1) }
+}
+
 impl NodeRecord {
     pub fn from_row(row: NodeRow) -> Self {
         let NodeRow { record: facts, .. } = row;
@@ -213,7 +223,7 @@ impl NodeRecord {
             home_derp: home,
             hostinfo,
             created: moment(self.created),
-            cap: self.cap,
+            cap: cap_for_peers(self.cap, &self.hostinfo),
             tags: self.tags.clone(),
             last_seen: if self.online { None } else { self.last_seen.and_then(moment) },
             online: Some(self.online),

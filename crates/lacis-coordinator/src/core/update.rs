@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacis_wire::control::{Hostinfo, MapRequest, PeerChange};
 
 use super::Core;
-use super::record::NodeRecord;
+use super::record::{NodeRecord, cap_for_peers};
 use super::registration::{follow_name, merged};
 use super::tailnet::{Tailnet, What};
 
@@ -42,7 +42,7 @@ impl Core {
             next.disco_key = Some(disco);
         }
         if request.version != current.cap {
-            patch.cap = request.version;
+            patch.cap = cap_for_peers(request.version, &next.hostinfo);
             next.cap = request.version;
         }
         let nothing = PeerChange { node_id: node.id, ..PeerChange::default() };
