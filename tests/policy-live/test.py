@@ -155,7 +155,7 @@ with subtest("the ping and the TCP connection lived through all that"):
     assert gap < 1, f"no byte for {gap:.2f} s"
 
 with subtest("a tag is had by whom the policy lets have it, and by whom an administrator gives it"):
-    wish = "--advertise-tags=tag:web --force-reauth"
+    wish = "--advertise-tags=tag:web"
     key = json.loads(admin("keys create --user bob --json"))["key"]
     bob.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
     said = bob.fail(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=10s {wish} 2>&1", timeout=20)
