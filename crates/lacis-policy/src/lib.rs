@@ -27,4 +27,5 @@ pub use policy::Policy;
 pub use population::{Node, Population, Role, Settings, User};
 pub use problem::{Invalid, Position, Problem};
 pub use ssh::{SshRule, SshVerdict};
+pub use state::NOT_INTERNET;
 pub use test::{Decision, Endpoint, Protocol, Reason};

@@ -28,8 +28,8 @@ static MESH: LazyLock<Ranges> = LazyLock::new(|| {
     cut.map_or_else(|_| all.clone(), |cut| all.clone().without(&cut))
 });
 
-/// Networks that are not the internet.
-const PRIVATE: [&str; 11] = [
+/// Networks that no exit node leads to: they are not the internet.
+pub const NOT_INTERNET: [&str; 11] = [
     "0.0.0.0/8",
     "10.0.0.0/8",
     "100.64.0.0/10",
@@ -44,7 +44,7 @@ const PRIVATE: [&str; 11] = [
 ];
 
 pub(crate) static INTERNET: LazyLock<Sources> = LazyLock::new(|| {
-    let private = PRIVATE.into_iter().filter_map(|net| net.parse::<IpNet>().ok());
+    let private = NOT_INTERNET.into_iter().filter_map(|net| net.parse::<IpNet>().ok());
     private.fold(Ranges::everything(), |left, net| left.without(&net)).into()
 });
 

@@ -7,26 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use lacis_policy::{Network, Node};
+use lacis_policy::{NOT_INTERNET, Network, Node};
 use lacis_wire::control::{FilterRule, PortRange};
 
 use super::access::Access;
-
-/// Ranges that no exit node leads to.
-const NOT_INTERNET: [&str; 12] = [
-    "0.0.0.0/8",
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "127.0.0.0/8",
-    "169.254.0.0/16",
-    "172.16.0.0/12",
-    "192.168.0.0/16",
-    "224.0.0.0/3",
-    "::/3",
-    "4000::/2",
-    "8000::/1",
-    "2001:db8::/32",
-];
 
 /// Addresses of one family, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
