@@ -31,6 +31,7 @@ pub(crate) enum HostNews {
 #[derive(Debug)]
 pub(crate) struct HostTask {
     wish: watch::Sender<Option<HostState>>,
+    tried: watch::Receiver<bool>,
     base: watch::Receiver<Vec<std::net::SocketAddr>>,
 }
 
@@ -39,8 +40,9 @@ impl HostTask {
     pub(crate) fn start(host: Host, news: mpsc::Sender<HostNews>) -> (Self, tokio::task::JoinHandle<()>) {
         let (wish, wishes) = watch::channel(None);
         let (base_sender, base) = watch::channel(host.base_resolvers());
-        let task = tokio::spawn(run(host, wishes, base_sender, news));
-        (Self { wish, base }, task)
+        let (tried_sender, tried) = watch::channel(false);
+        let task = tokio::spawn(run(host, wishes, base_sender, tried_sender, news));
+        (Self { wish, tried, base }, task)
     }
 
     /// The host should look like this from now on; `None`: as if we were not there.
@@ -52,6 +54,11 @@ impl HostTask {
         });
     }
 
+    /// Becomes true when the first wish has been followed, as far as that was possible.
+    pub(crate) fn tried(&self) -> watch::Receiver<bool> {
+        self.tried.clone()
+    }
+
     pub(crate) fn base_resolvers(&self) -> Vec<std::net::SocketAddr> {
         self.base.borrow().clone()
     }
@@ -61,6 +68,7 @@ async fn run(
     mut host: Host,
     mut wishes: watch::Receiver<Option<HostState>>,
     base: watch::Sender<Vec<std::net::SocketAddr>>,
+    tried: watch::Sender<bool>,
     news: mpsc::Sender<HostNews>,
 ) {
     let mut repair = tokio::time::interval(REPAIR);
@@ -104,6 +112,7 @@ async fn run(
             HostNews::Applied { warnings } => !warnings.is_empty(),
             other => matches!(other, HostNews::Failed(_)),
         };
+        tried.send_if_modified(|tried| !std::mem::replace(tried, true));
         let resolvers = host.base_resolvers();
         let changed = base.send_if_modified(|old| {
             let changed = *old != resolvers;

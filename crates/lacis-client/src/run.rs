@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use lacis_tunnel::{Tunnel, TunnelConfig};
 use tokio::sync::mpsc;
@@ -42,7 +43,11 @@ pub struct Options {
     pub port_search: bool,
 }
 
-/// Runs until `stop`. `ready` is called when the local API answers.
+/// How long a daemon that was in a network before waits with being ready for the host to look like it.
+const FIRST_STATE: Duration = Duration::from_secs(5);
+
+/// Runs until `stop`. `ready` is called when the local API answers and, where the network of the time before is known,
+/// the host's routes are as they were: what starts after the daemon goes nowhere else.
 pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()) -> Result<(), Error> {
     let dir = Arc::new(StateDir::open(&options.state_dir)?);
     let mut saved = dir.load()?;
@@ -70,7 +75,9 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     let resolver = lacis_dns::Resolver::new(lacis_dns::Options { fwmark });
     tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
     let (host_sender, host_news) = mpsc::channel(NEWS);
+    let returns = saved.prefs.want_running && dir.has_netmap();
     let (host, host_end) = HostTask::start(host, host_sender);
+    let mut tried = host.tried();
     let port_map = PortMap::start(tunnel.udp_port().0, tunnel.tun_index(), fwmark, options.port_mapping);
     let links = links::watch(tunnel.tun_index(), fwmark);
     let bus = Bus::default();
@@ -104,9 +111,23 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         links,
     };
     let api = tokio::spawn(socket.serve(handle, options.tun.clone(), stop.clone()));
-    tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
-    ready();
-    let ended = engine.run(inputs, stop.clone()).await;
+    let mut running = std::pin::pin!(engine.run(inputs, stop.clone()));
+    let early = if returns {
+        tokio::select! {
+            ended = &mut running => Some(ended),
+            _ = tokio::time::timeout(FIRST_STATE, tried.wait_for(|tried| *tried)) => None,
+        }
+    } else {
+        None
+    };
+    let ended = match early {
+        Some(ended) => ended,
+        None => {
+            tracing::info!(version = hostinfo::VERSION, socket = %options.socket.display(), tun = %options.tun, "lacisd ready");
+            ready();
+            running.await
+        }
+    };
     // Whatever ended it: everything else ends too.
     stop.cancel();
     // The engine held the host's handle: the host is put back now.

@@ -172,6 +172,11 @@ impl StateDir {
         self.replace(STATE, &text)
     }
 
+    /// Is a map kept?
+    pub(crate) fn has_netmap(&self) -> bool {
+        self.path.join(NETMAP).exists()
+    }
+
     /// The last network map. A damaged one is no loss: the server sends another.
     pub(crate) fn load_netmap(&self) -> Option<MapResponse> {
         let path = self.path.join(NETMAP);

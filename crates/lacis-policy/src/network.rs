@@ -223,7 +223,7 @@ impl Network {
             return difference;
         };
         let same_viewer = facts.addresses == old_facts.addresses;
-        if Arc::ptr_eq(&self.0.layout, &older.0.layout) {
+        if slot == old_slot && self.0.is_aligned(&older.0) {
             self.compare_slots(older, slot, same_viewer, &mut difference);
         } else {
             self.compare_ids(older, viewer, same_viewer, &mut difference);
@@ -242,13 +242,13 @@ impl Network {
         difference
     }
 
-    /// Peers that differ, where both states have the same node in each slot.
+    /// Peers that differ, where no node has one slot in one state and another in the other.
     fn compare_slots(&self, older: &Self, viewer: usize, same_viewer: bool, difference: &mut Difference) {
         let (now, before) = (&self.0, &older.0);
         let id = |state: &State, slot: usize| Some(state.slots.get(slot)?.as_ref()?.node.id);
-        for slot in 0..now.slots.len() {
-            let saw = slot < before.slots.len() && before.sees(viewer, slot);
-            match (now.sees(viewer, slot), saw) {
+        let sees = |state: &State, slot: usize| slot < state.slots.len() && state.sees(viewer, slot);
+        for slot in 0..now.slots.len().max(before.slots.len()) {
+            match (sees(now, slot), sees(before, slot)) {
                 (true, true) => {
                     if self.alters(older, (viewer, slot), (viewer, slot), same_viewer) {
                         difference.altered.extend(id(now, slot));

@@ -89,8 +89,8 @@ pub(crate) struct State {
     pub(crate) policy: Policy,
     pub(crate) users: Arc<Vec<User>>,
     pub(crate) settings: Settings,
-    /// The same in all states that have the same nodes in the same slots, as far as they have them.
-    pub(crate) layout: Arc<()>,
+    /// The same in all states that came from one compilation.
+    layout: Arc<()>,
     /// In the order of ids; empty where a node has gone.
     pub(crate) slots: Vec<Option<Arc<Facts>>>,
     pub(crate) ids: HashMap<NodeId, usize>,
@@ -138,6 +138,24 @@ impl State {
         state.hears = state.everybody_hears();
         state.routes = Arc::new(state.all_routes());
         state
+    }
+
+    /// Has no node one slot here and another there? Slots are given once, but a node that left and came back has
+    /// another one.
+    pub(crate) fn is_aligned(&self, other: &Self) -> bool {
+        let id = |facts: &Option<Arc<Facts>>| facts.as_ref().map(|facts| facts.node.id);
+        let common = self.slots.len().min(other.slots.len());
+        let agree = |(a, b): (&Option<Arc<Facts>>, &Option<Arc<Facts>>)| match (id(a), id(b)) {
+            (Some(a), Some(b)) => a == b,
+            _ => true,
+        };
+        let absent = |slots: &[Option<Arc<Facts>>], ids: &HashMap<NodeId, usize>| {
+            slots.iter().filter_map(id).all(|id| !ids.contains_key(&id))
+        };
+        Arc::ptr_eq(&self.layout, &other.layout)
+            && self.slots.iter().zip(&other.slots).all(agree)
+            && absent(&self.slots[common..], &other.ids)
+            && absent(&other.slots[common..], &self.ids)
     }
 
     pub(crate) fn user_of(&self, node: &Node) -> Option<&User> {

@@ -87,8 +87,12 @@ impl Core {
             user => (user, key.tags.clone()),
         };
         let existing = Self::of_machine(&tailnet, &applicant.machine, owner);
-        let holder = self.find(&applicant.node_key).filter(|(of, _)| Arc::ptr_eq(of, &tailnet));
-        let holder = holder.map(|(_, node)| node);
+        // The node that has this key, or had the one before it: signing in anew makes another.
+        let holder = self
+            .find(&applicant.node_key)
+            .or_else(|| self.find_for(&applicant.old_node_key, &applicant.machine))
+            .filter(|(of, _)| Arc::ptr_eq(of, &tailnet))
+            .map(|(_, node)| node);
         // A container gives its key at every start: the same node with the same key needs no valid one. It may have
         // got tags since it joined with that key.
         let same = existing.clone().or_else(|| {
