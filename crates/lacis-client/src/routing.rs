@@ -69,9 +69,10 @@ pub(crate) fn accepted_ips(node: &Node, prefs: &Prefs) -> Vec<IpNet> {
 /// cannot take is lost rather than sent past it. What this node routes for others stays with the host's own routes.
 pub(crate) fn host_routes(map: &NetMap, prefs: &Prefs, lan: &Lan) -> Routes {
     let own_families = |ip: &IpAddr| map.addresses().any(|own| own.is_ipv4() == ip.is_ipv4());
-    let mut nodes: BTreeSet<IpNet> = QUAD100.into_iter().filter(own_families).map(IpNet::from).collect();
+    let resolver: BTreeSet<IpNet> = QUAD100.into_iter().filter(own_families).map(IpNet::from).collect();
+    let mut nodes = resolver.clone();
     nodes.extend(map.peers.values().flat_map(|peer| peer.addresses.iter().map(IpNet::trunc)));
-    let mut device: BTreeSet<IpNet> = QUAD100.into_iter().filter(own_families).map(IpNet::from).collect();
+    let mut device = resolver;
     for peer in map.peers.values() {
         device.extend(accepted_ips(peer, prefs).iter().map(IpNet::trunc));
     }
