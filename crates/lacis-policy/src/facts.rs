@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use crate::language::Body;
 use crate::language::selector::Selector;
 use crate::policy::Policy;
-use crate::population::{Node, Population, User};
+use crate::population::{Node, User};
 use crate::ranges::{Ranges, Sources};
 
 /// The name of the attribute that takes a node's IPv4 address away.
@@ -88,8 +88,7 @@ pub(crate) fn is_user(written: &str, user: &User) -> bool {
 }
 
 fn in_domain(domain: &str, user: &User) -> bool {
-    let address = user.email.as_deref().unwrap_or(&user.name);
-    address.rsplit_once('@').is_some_and(|(_, host)| host.eq_ignore_ascii_case(domain))
+    user.mail().is_some_and(|(_, host)| host.eq_ignore_ascii_case(domain))
 }
 
 /// Does a selector that names people mean this one?
@@ -146,16 +145,6 @@ pub(crate) fn means_node(body: &Body, selector: &Selector, node: &Node, user: Op
 }
 
 impl Policy {
-    /// Would `autoApprovers` approve this route of this node?
-    pub fn auto_approves(&self, population: &Population, node: &Node, route: &IpNet) -> bool {
-        let user = node.user.and_then(|id| population.user(id));
-        let body = self.body();
-        if route.prefix_len() == 0 {
-            return body.auto_exit.iter().any(|approver| means_node(body, &approver.what, node, user));
-        }
-        auto_approves(body, node, user, route)
-    }
-
     /// May this user give this tag to a node of theirs? An owner that is a tag says nothing of users.
     pub fn may_tag(&self, user: &User, tag: &str) -> bool {
         let body = self.body();

@@ -13,6 +13,7 @@ use lacis_wire::control::PortRange;
 use serde_json::Value;
 
 use crate::problem::{Position, Problem};
+use crate::ssh::SshVerdict;
 use posture::Condition;
 use selector::Selector;
 
@@ -107,20 +108,13 @@ pub(crate) struct Grant {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Ssh {
     pub(crate) mark: Mark,
-    pub(crate) action: SshAction,
+    pub(crate) verdict: SshVerdict,
     pub(crate) src: Vec<Said<Selector>>,
     /// Sources fulfil one of these, where there are any.
     pub(crate) posture: Vec<Said<String>>,
     pub(crate) dst: Vec<Said<Selector>>,
     pub(crate) users: Vec<Said<Login>>,
     pub(crate) accept_env: Vec<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SshAction {
-    Accept,
-    /// Seconds for which one check lasts; `Some(0)` is "always", `None` was not said.
-    Check(Option<u64>),
 }
 
 /// As whom somebody may log in.

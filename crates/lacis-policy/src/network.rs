@@ -179,8 +179,8 @@ impl Network {
         }
     }
 
-    /// Capabilities of a peer that this viewer is told of.
-    pub fn peer_caps(&self, _viewer: NodeId, peer: NodeId) -> CapMap {
+    /// Capabilities of a node that its peers are told of.
+    pub fn peer_caps(&self, peer: NodeId) -> CapMap {
         let exit = self.facts(peer).is_some_and(|(_, facts)| !facts.exits.is_empty());
         exit.then(|| ("suggest-exit-node".to_owned(), None)).into_iter().collect()
     }
@@ -197,10 +197,9 @@ impl Network {
     pub fn members(&self, selector: &str) -> Option<Vec<NodeId>> {
         let selector = Selector::parse(selector).ok()?;
         let body = self.0.policy.body();
-        let user = |node: &Node| node.user.and_then(|id| self.0.users.iter().find(|user| user.id == id));
         Some(
             self.nodes()
-                .filter(|node| means_node(body, &selector, node, user(node)))
+                .filter(|node| means_node(body, &selector, node, self.0.user_of(node)))
                 .map(|node| node.id)
                 .collect(),
         )

@@ -32,6 +32,28 @@ pub enum Role {
     Member,
 }
 
+impl Role {
+    /// Every role that a user can be given, by the name that `autogroup:NAME` has for its users.
+    pub const NAMES: [(&'static str, Self); 6] = [
+        ("owner", Self::Owner),
+        ("admin", Self::Admin),
+        ("network-admin", Self::NetworkAdmin),
+        ("it-admin", Self::ItAdmin),
+        ("billing-admin", Self::BillingAdmin),
+        ("auditor", Self::Auditor),
+    ];
+
+    /// The role of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, role)| *role)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, role)| *role == self).map_or("member", |(name, _)| name)
+    }
+}
+
 /// Somebody.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,6 +71,13 @@ pub struct User {
     /// Groups (`group:NAME`) from signing in, besides those that the policy declares.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<String>,
+}
+
+impl User {
+    /// The mail address in its two parts: what stands before the `@`, and the domain. `None`: there is none.
+    pub(crate) fn mail(&self) -> Option<(&str, &str)> {
+        self.email.as_deref().unwrap_or(&self.name).rsplit_once('@')
+    }
 }
 
 /// A machine.

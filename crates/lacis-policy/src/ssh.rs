@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::facts::Facts;
 use crate::language::selector::Selector;
-use crate::language::{Login, Ssh, SshAction};
+use crate::language::{Login, Ssh};
 use crate::network::Network;
 use crate::population::User;
 use crate::program::SshSides;
@@ -110,8 +110,7 @@ fn common_users(rule: &Ssh) -> BTreeMap<String, String> {
 
 /// The part of a user's mail address before the domain, if it is this one.
 fn local_part<'a>(user: &'a User, domain: &str) -> Option<&'a str> {
-    let address = user.email.as_deref().unwrap_or(&user.name);
-    let (name, host) = address.rsplit_once('@')?;
+    let (name, host) = user.mail()?;
     host.eq_ignore_ascii_case(domain).then_some(name)
 }
 
@@ -131,12 +130,7 @@ impl State {
                 let fulfilling = self.fulfilling(posture);
                 sources.retain(|source| fulfilling.has(*source));
             }
-            let is_own = |other: &usize| {
-                facts.is_owned()
-                    && self.slots[*other]
-                        .as_ref()
-                        .is_some_and(|o| o.is_owned() && o.node.user == facts.node.user)
-            };
+            let is_own = |other: usize| self.owned_with(facts).is_some_and(|own| own.has(other));
             let selects = |id: &usize| match &self.policy.program().selectors[*id] {
                 Selector::Own => false,
                 _ => self.sets[*id].nodes.has(slot),
@@ -146,7 +140,7 @@ impl State {
                 // All sources come here.
             } else if reaches_own || local {
                 // Whoever may log in somewhere under their own name, may so at their own machines.
-                sources.retain(|source| is_own(source) || (local && *source == slot));
+                sources.retain(|source| is_own(*source) || (local && *source == slot));
             } else {
                 continue;
             }
@@ -160,13 +154,14 @@ impl State {
     }
 
     fn push_ssh(&self, rule: &Ssh, sources: &[&Arc<Facts>], local: bool, rules: &mut Vec<SshRule>) {
-        let verdict = match rule.action {
-            SshAction::Accept => SshVerdict::Accept,
-            SshAction::Check(period) => SshVerdict::Check { period },
-        };
         let mut push = |principals: Vec<IpAddr>, users: BTreeMap<String, String>| {
             if !principals.is_empty() {
-                rules.push(SshRule { principals, users, verdict, accept_env: rule.accept_env.clone() });
+                rules.push(SshRule {
+                    principals,
+                    users,
+                    verdict: rule.verdict,
+                    accept_env: rule.accept_env.clone(),
+                });
             }
         };
         let addresses = |sources: &[&Arc<Facts>]| -> Vec<IpAddr> {

@@ -323,11 +323,15 @@ impl State {
         })
     }
 
+    /// The nodes of this one's user, itself among them; `None` when it is nobody's.
+    pub(crate) fn owned_with(&self, facts: &Facts) -> Option<&Bits> {
+        let user = facts.node.user.filter(|_| facts.is_owned())?;
+        self.owned.get(&user).map(|own| &**own)
+    }
+
     /// For a rule to `autogroup:self`: the sources that are the node's own user's.
     pub(crate) fn own_sources(&self, rule: usize, facts: &Facts) -> Bits {
-        let user = facts.node.user.filter(|_| facts.is_owned());
-        let own = user.and_then(|user| self.owned.get(&user));
-        let mut sources = own.map_or_else(Bits::default, |own| (**own).clone());
+        let mut sources = self.owned_with(facts).cloned().unwrap_or_default();
         sources.keep(&self.sides[rule].sources);
         sources
     }
@@ -426,11 +430,10 @@ impl State {
         }
         next.slots[slot].clone_from(&facts);
         next.count();
-        let own = |facts: &Option<Arc<Facts>>| facts.as_ref().map(|facts| facts.own.clone());
-        let behind =
-            |facts: &Option<Arc<Facts>>| facts.as_ref().map(|facts| facts.behind.clone()).unwrap_or_default();
-        let moved = own(&old) != own(&facts);
-        let routes_moved = behind(&old) != behind(&facts);
+        let moved = old.as_ref().map(|facts| &facts.own) != facts.as_ref().map(|facts| &facts.own);
+        let nothing = Ranges::default();
+        let behind = facts.as_ref().map_or(&nothing, |facts| &facts.behind);
+        let routes_moved = old.as_ref().map_or(&nothing, |facts| &facts.behind) != behind;
         let mut touched = Vec::with_capacity(next.sets.len());
         for (id, selector) in self.policy.program().selectors.iter().enumerate() {
             let set = &self.sets[id];
@@ -454,7 +457,7 @@ impl State {
             let sides = &self.sides[rule];
             let is_source = written.src.iter().any(|id| next.sets[*id].nodes.has(slot))
                 && (written.posture.is_empty() || next.fulfilling(&written.posture).has(slot));
-            let from = is_source || (!behind(&facts).is_empty() && sides.addresses.overlaps(&behind(&facts)));
+            let from = is_source || sides.addresses.overlaps(behind);
             let applies = !written.src.is_empty()
                 && facts.as_ref().is_some_and(|facts| next.applies(written, slot, facts));
             if from != sides.from.has(slot) || applies != sides.applies.has(slot) {
@@ -484,8 +487,8 @@ impl State {
                 speaks_to.add(&sides.applies);
             }
             if self.rule(rule).own && sides.sources.has(slot) {
-                let user = self.slots[slot].as_ref().filter(|facts| facts.is_owned());
-                if let Some(own) = user.and_then(|facts| self.owned.get(&facts.node.user?)) {
+                let facts = self.slots[slot].as_ref();
+                if let Some(own) = facts.and_then(|facts| self.owned_with(facts)) {
                     speaks_to.add(own);
                 }
             }

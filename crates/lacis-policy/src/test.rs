@@ -5,13 +5,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use lacis_wire::control::{NodeId, PortRange};
 
-use crate::facts::{Facts, literal};
+use crate::facts::{Facts, literal, means_node};
 use crate::language::selector::{self, ALL_PORTS, Selector};
 use crate::language::{Login, Mark, Property, SshTest, Test};
 use crate::network::Network;
 use crate::problem::{Invalid, Position, Problem};
 use crate::program::{Destination, Rule};
-use crate::ranges::Ranges;
+use crate::ranges::Bits;
 use crate::ssh::SshVerdict;
 use crate::state::{INTERNET, State, is_mesh_v6};
 
@@ -94,25 +94,22 @@ enum Match {
 }
 
 impl State {
-    /// Addresses that a destination is about, for a source of this user.
-    fn destination_ranges(&self, id: usize, source: Option<&Facts>) -> Ranges {
-        match (self.selector(id), &self.sets[id].literal) {
-            (Selector::Any, _) => Ranges::everything(),
-            (Selector::Internet, _) => (**INTERNET).clone(),
-            (Selector::Own, _) => {
-                let Some(source) = source.filter(|source| source.is_owned()) else {
-                    return Ranges::default();
-                };
-                let own = self
-                    .slots
-                    .iter()
-                    .flatten()
-                    .filter(|facts| facts.is_owned() && facts.node.user == source.node.user);
-                Ranges::union(own.map(|facts| &*facts.own))
+    /// Is a destination about this address, for something from that one?
+    fn is_about(&self, id: usize, from: Option<IpAddr>, to: IpAddr) -> bool {
+        match self.selector(id) {
+            Selector::Any => true,
+            Selector::Internet => INTERNET.contains(to),
+            Selector::Own => {
+                from.and_then(|from| self.at(from)).is_some_and(|source| self.is_own(source, to))
             }
-            (_, Some(ranges)) => (**ranges).clone(),
-            (_, None) => self.addresses_in(&self.sets[id].nodes),
+            _ => self.span(id).contains(to),
         }
+    }
+
+    /// Is it an address of a node of the same user?
+    fn is_own(&self, source: &Facts, address: IpAddr) -> bool {
+        let own = self.owned_with(source).into_iter().flat_map(Bits::iter);
+        own.filter_map(|slot| self.slots[slot].as_ref()).any(|facts| facts.own.contains(address))
     }
 
     /// The node that has an address itself.
@@ -121,10 +118,9 @@ impl State {
     }
 
     /// Is an address one of a rule's destination? A rule with `via` is about what is behind routers, not about nodes.
-    fn is_destination(&self, rule: &Rule, dst: &Destination, source: Option<&Facts>, to: IpAddr) -> bool {
+    fn is_destination(&self, rule: &Rule, dst: &Destination, from: IpAddr, to: IpAddr) -> bool {
         let routed = self.sets[dst.to].literal.is_some() || *self.selector(dst.to) == Selector::Internet;
-        (rule.via.is_empty() || (routed && self.at(to).is_none()))
-            && self.destination_ranges(dst.to, source).contains(to)
+        (rule.via.is_empty() || (routed && self.at(to).is_none())) && self.is_about(dst.to, Some(from), to)
     }
 
     fn matches(
@@ -139,10 +135,9 @@ impl State {
         if !self.sides[index].addresses.contains(from) {
             return Match::Nothing;
         }
-        let source = self.at(from);
         let mut best = Match::Source;
         for dst in &rule.dst {
-            if self.is_destination(rule, dst, source, to) {
+            if self.is_destination(rule, dst, from, to) {
                 if dst.access.iter().any(|access| covers(access, protocol, ports)) {
                     return Match::All;
                 }
@@ -159,7 +154,7 @@ impl State {
             .any(|(index, rule)| self.matches(index, rule, from, to, protocol, ports) == Match::All)
     }
 
-    /// The addresses of a selector, as single ones; `None` where it is about more than nodes and addresses.
+    /// The addresses of a selector, as single ones.
     fn addresses_of(&self, selector: &Selector) -> Vec<IpAddr> {
         if let Some(ranges) = literal(self.policy.body(), selector) {
             // Of a network its nodes count, and where there are none its first address stands for it.
@@ -171,10 +166,10 @@ impl State {
                 nodes
             };
         }
-        let members = self.slots.iter().flatten().filter(|facts| {
-            let user = facts.node.user.and_then(|id| self.users.iter().find(|user| user.id == id));
-            crate::facts::means_node(self.policy.body(), selector, &facts.node, user)
-        });
+        let members =
+            self.slots.iter().flatten().filter(|facts| {
+                means_node(self.policy.body(), selector, &facts.node, self.user_of(&facts.node))
+            });
         members.flat_map(|facts| facts.addresses.iter().copied()).collect()
     }
 
@@ -198,8 +193,7 @@ impl Network {
         for (index, rule) in state.policy.program().rules.iter().enumerate() {
             // Filters know no node by an IPv6 address that stands alone.
             let lands = |to: IpAddr| {
-                let mut about =
-                    rule.dst.iter().filter(|dst| state.destination_ranges(dst.to, None).contains(to));
+                let mut about = rule.dst.iter().filter(|dst| state.is_about(dst.to, None, to));
                 state.at(to).is_none() || about.any(|dst| !state.sets[dst.to].nobody) || rule.own
             };
             let pairs = sources.iter().flat_map(|src| targets.iter().map(move |dst| (*src, *dst)));
@@ -251,10 +245,7 @@ impl Network {
     /// Names under which nobody can log in are a mistake: a mail domain that none of the users has.
     fn mail_domains(&self, failures: &mut Vec<Problem>) {
         let has = |domain: &str| {
-            self.users().iter().any(|user| {
-                let address = user.email.as_deref().unwrap_or(&user.name);
-                address.rsplit_once('@').is_some_and(|(_, host)| host == domain)
-            })
+            self.users().iter().any(|user| user.mail().is_some_and(|(_, host)| host == domain))
         };
         for login in self.policy().body().ssh.iter().flat_map(|rule| &rule.users) {
             if let Login::LocalPart(domain) = &login.what
@@ -457,13 +448,10 @@ impl State {
     fn property(&self, property: &Property, always: bool, mark: &Mark, failures: &mut Vec<Problem>) {
         let sources = self.addresses_of(&property.from);
         let own = |from: IpAddr| -> Vec<IpAddr> {
-            let source = self.at(from);
-            let same = self.slots.iter().flatten().filter(|facts| {
-                source.is_some_and(|source| {
-                    source.is_owned() && facts.is_owned() && facts.node.user == source.node.user
-                })
-            });
-            same.flat_map(|facts| facts.addresses.iter().copied()).collect()
+            let own =
+                self.at(from).and_then(|source| self.owned_with(source)).into_iter().flat_map(Bits::iter);
+            let own = own.filter_map(|slot| self.slots[slot].as_ref());
+            own.flat_map(|facts| facts.addresses.iter().copied()).collect()
         };
         for from in sources {
             let targets = match &property.to.to {
@@ -499,11 +487,10 @@ impl State {
 
     /// Is any of the ports open?
     fn allows_any(&self, from: IpAddr, to: IpAddr, protocol: Option<u8>, ports: PortRange) -> bool {
-        let source = self.at(from);
         self.policy.program().rules.iter().enumerate().any(|(index, rule)| {
             self.sides[index].addresses.contains(from)
                 && rule.dst.iter().any(|dst| {
-                    self.is_destination(rule, dst, source, to)
+                    self.is_destination(rule, dst, from, to)
                         && dst.access.iter().any(|(rule, open)| {
                             let fits = match (rule, protocol) {
                                 (None, Some(protocol)) => USUAL.contains(&protocol),

@@ -50,7 +50,7 @@ fn an_exit_node_is_seen_and_used_by_those_who_may_reach_the_internet() {
     assert!(network.sees(alice, exit) && !network.sees(bob, exit));
     assert_eq!(network.routes(alice, exit).allowed, [net("0.0.0.0/0"), net("::/0")]);
     assert!(network.routes(alice, exit).primary.is_empty());
-    assert!(network.peer_caps(alice, exit).contains_key("suggest-exit-node"));
+    assert!(network.peer_caps(exit).contains_key("suggest-exit-node"));
     let rules = network.filter(exit);
     assert_eq!(rules.len(), 1);
     assert!(rules[0].dst_ports.iter().all(|to| to.ip != "*" && !to.ip.starts_with("10.")), "{rules:?}");

@@ -219,7 +219,7 @@ fn told(network: &Network) -> Vec<String> {
         lines.push(format!("{id} attributes {:?}", network.attributes(id)));
         lines.push(format!("{id} addresses {:?} approved {:?}", network.addresses(id), network.approved(id)));
         for peer in network.peers(id) {
-            let (routes, caps) = (network.routes(id, peer), network.peer_caps(id, peer));
+            let (routes, caps) = (network.routes(id, peer), network.peer_caps(peer));
             lines.push(format!("{id} sees {peer} {routes:?} {caps:?}"));
         }
     }
@@ -345,7 +345,7 @@ proptest! {
             prop_assert_eq!(sorted(&difference.appeared), is.difference(&was).copied().collect());
             prop_assert_eq!(sorted(&difference.vanished), was.difference(&is).copied().collect());
             for peer in was.intersection(&is).copied() {
-                let seen = |network: &Network| (network.routes(viewer, peer), network.peer_caps(viewer, peer));
+                let seen = |network: &Network| (network.routes(viewer, peer), network.peer_caps(peer));
                 prop_assert!(seen(&old) == seen(&new) || difference.altered.contains(&peer), "{peer} for {viewer}");
             }
             prop_assert!(difference.filter || old.filter(viewer) == new.filter(viewer), "filter of {viewer}");

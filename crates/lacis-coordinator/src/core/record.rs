@@ -276,7 +276,7 @@ pub(super) struct Shown {
 
 impl Shown {
     pub(super) fn of(network: &Network, viewer: NodeId, peer: NodeId) -> Self {
-        Self { routes: network.routes(viewer, peer), caps: network.peer_caps(viewer, peer) }
+        Self { routes: network.routes(viewer, peer), caps: network.peer_caps(peer) }
     }
 
     /// Is it what everybody sees of it?

@@ -16,23 +16,12 @@ const NAME: usize = 100;
 /// The longest that mail can be sent to.
 const EMAIL: usize = 254;
 
-/// Roles by their names, as `autogroup:NAME` has them.
-const ROLES: [(&str, Role); 6] = [
-    ("owner", Role::Owner),
-    ("admin", Role::Admin),
-    ("network-admin", Role::NetworkAdmin),
-    ("it-admin", Role::ItAdmin),
-    ("billing-admin", Role::BillingAdmin),
-    ("auditor", Role::Auditor),
-];
-
 /// Sorted, each once.
 fn roles(names: &[String]) -> Result<Vec<Role>, AdminError> {
     let role = |name: &String| {
-        let known = ROLES.iter().find(|(known, _)| known == name);
-        known.map(|(_, role)| *role).ok_or_else(|| AdminError::BadRole {
+        Role::named(name).ok_or_else(|| AdminError::BadRole {
             name: display_text(name),
-            known: ROLES.map(|(known, _)| known).join(", "),
+            known: Role::NAMES.map(|(known, _)| known).join(", "),
         })
     };
     let mut roles = names.iter().map(role).collect::<Result<Vec<_>, _>>()?;
@@ -42,9 +31,7 @@ fn roles(names: &[String]) -> Result<Vec<Role>, AdminError> {
 }
 
 fn role_names(roles: &[Role]) -> Vec<String> {
-    let name =
-        |role: &Role| ROLES.iter().find(|(_, known)| known == role).map(|(name, _)| (*name).to_owned());
-    roles.iter().filter_map(name).collect()
+    roles.iter().map(|role| role.name().to_owned()).collect()
 }
 
 fn is_plain(text: &str) -> bool {
@@ -211,7 +198,7 @@ mod tests {
         let error = roles(&names(&["root"])).unwrap_err().to_string();
         assert!(error.contains("\"root\"") && error.contains("owner, admin, network-admin"), "{error}");
         // As policies and stored rows write them.
-        for (name, role) in ROLES {
+        for (name, role) in Role::NAMES {
             assert_eq!(serde_json::to_value(role).unwrap(), name);
         }
     }

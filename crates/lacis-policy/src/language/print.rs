@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::selector::{Selector, show_ports, show_protocol};
-use super::{Body, Login, Property, Said, SshAction, Target};
+use super::{Body, Login, Property, Said, Target};
+use crate::ssh::SshVerdict;
 
 /// The whole of it.
 pub(crate) fn print(body: &Body) -> Value {
@@ -137,9 +138,9 @@ fn grant(grant: &super::Grant) -> Value {
 fn ssh(rule: &super::Ssh) -> Value {
     let users: Vec<String> = rule.users.iter().map(|said| said.what.to_string()).collect();
     let mut object = json!({"src": texts(&rule.src), "dst": texts(&rule.dst), "users": users});
-    match rule.action {
-        SshAction::Accept => object["action"] = "accept".into(),
-        SshAction::Check(period) => {
+    match rule.verdict {
+        SshVerdict::Accept => object["action"] = "accept".into(),
+        SshVerdict::Check { period } => {
             object["action"] = "check".into();
             match period {
                 Some(0) => object["checkPeriod"] = "always".into(),

@@ -9,9 +9,10 @@ use serde_json::Value;
 use super::posture::Condition;
 use super::selector::{self, Selector, Wrong};
 use super::values::{capability_name, check_period, grant_ports, login, pool, posture_name, property};
-use super::{Acl, Body, Grant, Mark, NodeAttrs, Said, Ssh, SshAction, SshTest, Target, Test};
+use super::{Acl, Body, Grant, Mark, NodeAttrs, Said, Ssh, SshTest, Target, Test};
 use crate::document::{Data, Document, Item, Key, entry, member};
 use crate::problem::Problem;
+use crate::ssh::SshVerdict;
 
 /// Top-level keys of others that mean nothing here, and why.
 const NOT_HONOURED: [(&str, &str); 2] = [
@@ -474,12 +475,12 @@ impl Reader {
 
     fn ssh(&mut self, item: &Item, place: &str) -> Option<Ssh> {
         let mut fields = self.fields(item, place)?;
-        let action = match fields.take("action") {
+        let verdict = match fields.take("action") {
             Some((item, place)) => {
                 let said = self.text(item, &place)?;
                 match said.what.as_str() {
-                    "accept" => SshAction::Accept,
-                    "check" => SshAction::Check(None),
+                    "accept" => SshVerdict::Accept,
+                    "check" => SshVerdict::Check { period: None },
                     "" => {
                         self.problems.push(
                             said.mark.problem("action must be specified", Some("accept or check".to_owned())),
@@ -498,15 +499,15 @@ impl Reader {
                 return None;
             }
         };
-        let action = match (action, fields.take("checkPeriod")) {
-            (SshAction::Check(_), Some((item, place))) => {
-                SshAction::Check(self.parsed(item, &place, check_period).map(|said| said.what))
+        let verdict = match (verdict, fields.take("checkPeriod")) {
+            (SshVerdict::Check { .. }, Some((item, place))) => {
+                SshVerdict::Check { period: self.parsed(item, &place, check_period).map(|said| said.what) }
             }
-            (SshAction::Accept, Some((item, place))) => {
+            (SshVerdict::Accept, Some((item, place))) => {
                 self.wrong(item, &place, "checkPeriod is only valid with action \"check\"", None);
-                action
+                verdict
             }
-            (action, None) => action,
+            (verdict, None) => verdict,
         };
         let src = self.selectors(fields.take("src"));
         let dst = self.selectors(fields.take("dst"));
@@ -538,7 +539,7 @@ impl Reader {
             }
         }
         let posture = self.all(fields.take("srcPosture"), posture_name);
-        let ssh = Ssh { mark: fields.mark.clone(), action, src, posture, dst, users, accept_env };
+        let ssh = Ssh { mark: fields.mark.clone(), verdict, src, posture, dst, users, accept_env };
         self.done(fields);
         Some(ssh)
     }

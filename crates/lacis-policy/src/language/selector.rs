@@ -48,31 +48,8 @@ pub(crate) enum Selector {
     Range(IpAddr, IpAddr),
 }
 
-/// Roles as autogroups name them.
-const ROLES: [(&str, Role); 6] = [
-    ("owner", Role::Owner),
-    ("admin", Role::Admin),
-    ("network-admin", Role::NetworkAdmin),
-    ("it-admin", Role::ItAdmin),
-    ("billing-admin", Role::BillingAdmin),
-    ("auditor", Role::Auditor),
-];
-
-/// Names after `autogroup:` that a selector may have.
-const AUTOGROUPS: [&str; 12] = [
-    "member",
-    "tagged",
-    "self",
-    "internet",
-    "danger-all",
-    "shared",
-    "owner",
-    "admin",
-    "network-admin",
-    "it-admin",
-    "billing-admin",
-    "auditor",
-];
+/// Names after `autogroup:` that a selector may have, beside those of roles.
+const AUTOGROUPS: [&str; 6] = ["member", "tagged", "self", "internet", "danger-all", "shared"];
 
 /// Why a text is no selector: what is wrong, and what to do.
 pub(crate) type Wrong = (String, Option<String>);
@@ -164,8 +141,8 @@ impl Selector {
     }
 
     fn autogroup(text: &str, name: &str) -> Result<Self, Wrong> {
-        if let Some((_, role)) = ROLES.iter().find(|(known, _)| *known == name) {
-            return Ok(Self::Role(*role));
+        if let Some(role) = Role::named(name) {
+            return Ok(Self::Role(role));
         }
         Ok(match name {
             "member" | "members" => Self::Member,
@@ -178,7 +155,8 @@ impl Selector {
                 return wrong("autogroup:nonroot is only meaningful among the users of an ssh rule", None);
             }
             _ => {
-                let help = nearest(name, AUTOGROUPS).map(|near| format!("did you mean autogroup:{near}?"));
+                let known = AUTOGROUPS.into_iter().chain(Role::NAMES.map(|(name, _)| name));
+                let help = nearest(name, known).map(|near| format!("did you mean autogroup:{near}?"));
                 return Err((format!("unknown autogroup {text:?}"), help));
             }
         })
@@ -203,10 +181,7 @@ impl fmt::Display for Selector {
             Self::Internet => f.write_str("autogroup:internet"),
             Self::DangerAll => f.write_str("autogroup:danger-all"),
             Self::Shared => f.write_str("autogroup:shared"),
-            Self::Role(role) => {
-                let name = ROLES.iter().find(|(_, known)| known == role).map_or("member", |(name, _)| name);
-                write!(f, "autogroup:{name}")
-            }
+            Self::Role(role) => write!(f, "autogroup:{}", role.name()),
             Self::Group(name)
             | Self::Tag(name)
             | Self::User(name)

@@ -166,7 +166,7 @@ impl<'a> Case<'a> {
                 &nets(&routes.primary),
             ));
             lines.extend(unequal(&about("tags"), &expected.tags, &tags));
-            let caps = self.network.peer_caps(node.id, *id);
+            let caps = self.network.peer_caps(*id);
             lines.extend(unequal(&about("capabilities"), &flags(&expected.cap_map), &flags(&caps)));
         }
     }
