@@ -91,11 +91,6 @@ impl RelayOutput {
     pub fn blocking_recv(&mut self) -> Option<RelayBatch> {
         self.receiver.blocking_recv()
     }
-
-    /// Bytes handed out or waiting that nobody has dropped yet.
-    pub fn bytes_in_flight(&self) -> usize {
-        self.pool.in_flight.load(Ordering::Relaxed)
-    }
 }
 
 /// Which ping was answered.

@@ -124,11 +124,3 @@ pub struct NetInfo {
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub firewall_mode: String,
 }
-
-impl NetInfo {
-    /// Is anything but the measured latencies different? Those change all the time and matter to nobody else.
-    pub fn differs_basically(&self, other: &Self) -> bool {
-        let without_latency = |info: &Self| Self { derp_latency: BTreeMap::new(), ..info.clone() };
-        without_latency(self) != without_latency(other)
-    }
-}

@@ -71,11 +71,6 @@ impl Decoder {
         Self { role, skipping: None }
     }
 
-    /// After the login the limits are others.
-    pub const fn set_role(&mut self, role: Role) {
-        self.role = role;
-    }
-
     /// Takes one frame off the front of `buf`; `None` when more bytes are needed. Bodies are shared with
     /// `buf`, not copied.
     pub fn decode(&mut self, buf: &mut BytesMut) -> Result<Option<Frame>, Error> {

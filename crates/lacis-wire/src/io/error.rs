@@ -134,11 +134,6 @@ impl DialError {
     pub fn suspects_key(&self) -> bool {
         matches!(self, Self::Noise { .. } | Self::Broken { .. })
     }
-
-    /// Whether only a person can heal it (a wrong URL), so that retrying soon is of little use.
-    pub fn is_permanent(&self) -> bool {
-        matches!(self, Self::Url { .. })
-    }
 }
 
 /// Puts a failed TLS handshake into words: the certificate's dates point to the clock.
