@@ -15,6 +15,7 @@ pub(crate) mod whois;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use anyhow::bail;
 use http::Method;
 use lacis_wire::local::{self, MaskedPrefs, PeerStatus, Prefs, Status};
 use serde::Serialize;
@@ -73,19 +74,67 @@ pub(crate) fn short_name(node: &PeerStatus) -> &str {
     if label.is_empty() { &node.host_name } else { label }
 }
 
-/// The node that a person means by a name or an address. The second value: it is this node.
-pub(crate) fn meant<'a>(status: &'a Status, who: &str) -> Option<(&'a PeerStatus, bool)> {
-    let wanted = who.trim_end_matches('.').to_ascii_lowercase();
-    let address: Option<IpAddr> = who.parse().ok();
-    let matches = |node: &PeerStatus| match address {
-        Some(ip) => node.tailscale_ips.contains(&ip),
-        None => {
-            let name = node.dns_name.trim_end_matches('.');
-            name == wanted || short_name(node) == wanted || node.host_name.to_ascii_lowercase() == wanted
-        }
-    };
-    if matches(&status.self_status) {
-        return Some((&status.self_status, true));
+/// The node of a name or an address, if there is one. The second value: it is this node.
+///
+/// # Errors
+/// When several nodes are called so.
+pub(crate) fn meant<'a>(status: &'a Status, who: &str) -> anyhow::Result<Option<(&'a PeerStatus, bool)>> {
+    let peers = status.peer.iter().flat_map(|peers| peers.values());
+    let nodes: Vec<_> =
+        std::iter::once((&status.self_status, true)).chain(peers.map(|node| (node, false))).collect();
+    if let Ok(ip) = who.parse::<IpAddr>() {
+        return Ok(nodes.into_iter().find(|(node, _)| node.tailscale_ips.contains(&ip)));
     }
-    status.peer.iter().flat_map(|peers| peers.values()).find(|node| matches(node)).map(|node| (node, false))
+    let wanted = who.trim_end_matches('.').to_ascii_lowercase();
+    // What a host calls itself comes after the names that the network gave: any peer can take another's.
+    let ways: [fn(&PeerStatus) -> &str; 3] =
+        [|node| node.dns_name.trim_end_matches('.'), short_name, |node| &node.host_name];
+    for name in ways {
+        let is = |node: &PeerStatus| !wanted.is_empty() && name(node).eq_ignore_ascii_case(&wanted);
+        let found: Vec<_> = nodes.iter().filter(|(node, _)| is(node)).copied().collect();
+        match found.as_slice() {
+            [] => {}
+            [one] => return Ok(Some(*one)),
+            several => {
+                let names: Vec<_> =
+                    several.iter().map(|(node, _)| node.dns_name.trim_end_matches('.')).collect();
+                bail!("{who:?} is the name of several nodes: use one of {names:?}, or an address");
+            }
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use lacis_wire::key::NodePrivateKey;
+
+    use super::*;
+
+    fn node(dns_name: &str, host_name: &str) -> PeerStatus {
+        PeerStatus { dns_name: dns_name.into(), host_name: host_name.into(), ..PeerStatus::default() }
+    }
+
+    #[test]
+    fn a_name_of_the_network_comes_before_what_a_host_calls_itself_and_several_are_refused() {
+        let peers = [
+            node("evil.lab.example.org.", "web"),
+            node("web.lab.example.org.", "host"),
+            node("db.lab.example.org.", "host"),
+            node("db.other.example.org.", "only"),
+        ];
+        let peer = peers.map(|node| (NodePrivateKey::generate().public(), node)).into();
+        let status =
+            Status { self_status: node("me.lab.example.org.", "me"), peer: Some(peer), ..Status::default() };
+        let found = |who| meant(&status, who).unwrap().map(|(node, own)| (node.dns_name.as_str(), own));
+        assert_eq!(found("Web"), Some(("web.lab.example.org.", false)));
+        assert_eq!(found("me"), Some(("me.lab.example.org.", true)));
+        assert_eq!(found("only"), Some(("db.other.example.org.", false)));
+        assert_eq!(found("db.lab.example.org"), Some(("db.lab.example.org.", false)));
+        assert_eq!((found("nobody"), found("")), (None, None));
+        for several in ["db", "host"] {
+            let error = meant(&status, several).unwrap_err().to_string();
+            assert!(error.contains("db.lab.example.org") && error.contains("address"), "{error}");
+        }
+    }
 }

@@ -30,7 +30,7 @@ impl Ip {
         let status = daemon.status(self.peer.is_some()).await?;
         let addresses = match &self.peer {
             Some(peer) => {
-                let (node, _) = meant(&status, peer).ok_or_else(|| anyhow!("no peer is called {peer:?}"))?;
+                let (node, _) = meant(&status, peer)?.ok_or_else(|| anyhow!("no peer is called {peer:?}"))?;
                 node.tailscale_ips.clone()
             }
             None => status.tailscale_ips.clone(),

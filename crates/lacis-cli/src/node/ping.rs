@@ -60,7 +60,7 @@ impl Ping {
             output::line(sentence);
             return Err(Failure::Quiet);
         }
-        let (ip, name) = match meant(&status, &self.target) {
+        let (ip, name) = match meant(&status, &self.target)? {
             Some((node, true)) => {
                 let own = node.tailscale_ips.first().map(ToString::to_string).unwrap_or_default();
                 output::line(format_args!("{own} is this node itself"));

@@ -276,7 +276,17 @@ impl Exit {
             return exit(if is_address { "ExitNodeIP" } else { "ExitNodeName" }, text);
         };
         let by_id = peers.values().find(|node| node.id == text).map(|node| (node, false));
-        let Some((node, own)) = by_id.or_else(|| meant(status, text)) else {
+        let named = match by_id {
+            Some(_) => None,
+            None => meant(status, text)?,
+        };
+        // As for administrators: a number is an id, and a host may call itself by any.
+        if let Some((node, _)) = named
+            && text.bytes().all(|byte| byte.is_ascii_digit())
+        {
+            bail!("no peer has the id {text}: for the one of this name say {:?}", node.dns_name);
+        }
+        let Some((node, own)) = by_id.or(named) else {
             bail!("no peer is called {text:?}: see `lacis exit-node list`")
         };
         if own {
@@ -346,13 +356,19 @@ mod tests {
             exit_node_option: offers,
             ..PeerStatus::default()
         };
-        let peers = [peer("n2", "gate", 2, true), peer("n3", "plain", 3, false)];
+        let peers = [peer("n2", "gate", 2, true), peer("n3", "plain", 3, false), peer("n4", "12", 4, true)];
         let peers = peers.map(|peer| (NodeKey::from_bytes([peer.id.as_bytes()[1]; 32]), peer));
         let status = Status { self_status: peer("n1", "me", 1, true), peer: Some(peers.into()), ..new };
         for text in ["gate", "gate.lab.example.", "100.64.0.2", "n2"] {
             assert_eq!(find(text, &status).unwrap(), ("ExitNodeID", "n2".into()), "{text}");
         }
-        for (text, why) in [("plain", "does not offer"), ("me", "its own"), ("nobody", "no peer is called")] {
+        assert_eq!(find("12.lab.example", &status).unwrap(), ("ExitNodeID", "n4".into()));
+        for (text, why) in [
+            ("plain", "does not offer"),
+            ("me", "its own"),
+            ("nobody", "no peer is called"),
+            ("12", "no peer has the id 12"),
+        ] {
             assert!(find(text, &status).unwrap_err().to_string().contains(why), "{text}");
         }
     }

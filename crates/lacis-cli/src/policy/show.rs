@@ -33,7 +33,7 @@ pub(crate) struct Show {
 impl Show {
     pub(super) async fn run(self) -> anyhow::Result<Answer> {
         let (network, _) = self.who.network(self.file.as_deref()).await?;
-        let node = node(&network, &self.node).ok_or_else(|| {
+        let node = node(&network, &self.node)?.ok_or_else(|| {
             let names: Vec<&str> = network.nodes().map(|node| node.name.as_str()).collect();
             anyhow!("there is no node {} (there are {})", self.node, names.join(", "))
         })?;

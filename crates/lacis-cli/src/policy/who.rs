@@ -14,8 +14,11 @@ pub(super) struct Party {
     pub(super) end: Endpoint,
 }
 
-/// The node of a name or an address.
-pub(super) fn node<'a>(network: &'a Network, word: &str) -> Option<&'a Node> {
+/// The node of a name or an address, if there is one.
+///
+/// # Errors
+/// When several nodes have this first label.
+pub(super) fn node<'a>(network: &'a Network, word: &str) -> anyhow::Result<Option<&'a Node>> {
     let address: Option<IpAddr> = word.parse().ok();
     let label = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
     let is = |node: &&Node| match address {
@@ -23,7 +26,15 @@ pub(super) fn node<'a>(network: &'a Network, word: &str) -> Option<&'a Node> {
         None => node.name.eq_ignore_ascii_case(word),
     };
     let short = |node: &&Node| address.is_none() && label(&node.name).eq_ignore_ascii_case(word);
-    network.nodes().find(is).or_else(|| network.nodes().find(short))
+    if let Some(node) = network.nodes().find(is) {
+        return Ok(Some(node));
+    }
+    let found: Vec<&Node> = network.nodes().filter(short).collect();
+    if found.len() > 1 {
+        let names: Vec<&str> = found.iter().map(|node| node.name.as_str()).collect();
+        bail!("{word} is the name of several nodes: use one of {}, or an address", names.join(", "));
+    }
+    Ok(found.first().copied())
 }
 
 /// Is this user called so? By name, by email address, or by what stands before the `@`.
@@ -38,7 +49,7 @@ fn is_user(user: &User, word: &str) -> bool {
 /// Everybody who is meant, each node once.
 pub(super) fn resolve(network: &Network, word: &str) -> anyhow::Result<Vec<Party>> {
     let of = |node: &Node| Party { name: node.name.clone(), end: Endpoint::Node(node.id) };
-    if let Some(node) = node(network, word) {
+    if let Some(node) = node(network, word)? {
         return Ok(vec![of(node)]);
     }
     let address = |address: IpAddr| vec![Party { name: word.to_owned(), end: Endpoint::Address(address) }];
@@ -59,7 +70,7 @@ pub(super) fn resolve(network: &Network, word: &str) -> anyhow::Result<Vec<Party
     let net = alias.as_ref().and_then(|text| text.as_str()).unwrap_or(word);
     let net: Option<IpNet> = net.parse().or_else(|_| net.parse::<IpAddr>().map(IpNet::from)).ok();
     if let Some(net) = net.filter(|net| net.prefix_len() == net.max_prefix_len()) {
-        return Ok(match node(network, &net.addr().to_string()) {
+        return Ok(match node(network, &net.addr().to_string())? {
             Some(node) => vec![of(node)],
             None => address(net.addr()),
         });
@@ -77,4 +88,29 @@ pub(super) fn resolve(network: &Network, word: &str) -> anyhow::Result<Vec<Party
     }
     let names: Vec<&str> = network.nodes().map(|node| node.name.as_str()).collect();
     bail!("there is no node, user or host {word} (nodes: {})", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use lacis_policy::{Policy, Population};
+
+    use super::*;
+
+    #[test]
+    fn a_first_label_that_several_nodes_have_means_none_of_them() {
+        let names = ["web.a.example", "web.b.example", "db.a.example"];
+        let nodes = (1..).zip(names).map(|(id, name)| Node {
+            id: NodeId(id),
+            name: name.to_owned(),
+            ..Node::default()
+        });
+        let population = Population { nodes: nodes.collect(), ..Population::default() };
+        let network = Network::compile(&Policy::allow_all(), population);
+        let found = |word| node(&network, word).map(|node| node.map(|node| node.id.0));
+        assert_eq!(found("db").unwrap(), Some(3));
+        assert_eq!(found("web.b.example").unwrap(), Some(2));
+        let error = found("web").unwrap_err().to_string();
+        assert!(error.contains("web.a.example, web.b.example"), "{error}");
+        assert!(resolve(&network, "web").is_err());
+    }
 }
