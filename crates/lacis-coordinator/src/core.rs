@@ -319,10 +319,19 @@ impl Core {
         registry.register("map_frames", "Frames sent on map streams", self.0.frames.clone());
     }
 
-    /// Ends all streams and writes what is still to be written.
-    pub async fn shutdown(&self) {
+    /// Ends all streams and what waits for a decision.
+    pub fn end_streams(&self) {
         self.0.token.cancel();
+    }
+
+    /// Writes what is still to be written and closes the database; nothing can be changed after that.
+    ///
+    /// # Errors
+    /// When it cannot be closed in good order.
+    pub async fn close(&self) -> Result<(), store::Error> {
+        self.end_streams();
         janitor::note_last_seen(self);
         janitor::flush(self).await;
+        self.0.store.close().await
     }
 }

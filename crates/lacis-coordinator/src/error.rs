@@ -72,6 +72,16 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// The database has nodes, and the key that they know the coordinator by is not there.
+    #[error(
+        "the database has {nodes} nodes, but the coordinator's key {path} is missing: put it back from a backup; or start once with `serve --init` to make another, and let every machine sign in again with `lacis up --force-reauth`"
+    )]
+    MissingKey {
+        /// Where the key should be.
+        path: PathBuf,
+        /// How many nodes there are.
+        nodes: usize,
+    },
     /// A certificate, or the embedded relay.
     #[error(transparent)]
     Relay(#[from] lacis_relay::Error),
@@ -89,13 +99,19 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether only a change of configuration or certificate files heals it.
+    /// Whether it takes a person to heal it, in the configuration, certificate files or state directory: starting again
+    /// does not help.
     pub fn is_config(&self) -> bool {
+        use crate::core::Error as Core;
+        use crate::store::Error as Store;
         use lacis_relay::Error as Relay;
         matches!(
             self,
             Self::Config(_)
-                | Self::Core(crate::core::Error::UnknownTailnet { .. } | crate::core::Error::Policy { .. })
+                | Self::MissingKey { .. }
+                | Self::Core(
+                    Core::UnknownTailnet { .. } | Core::Policy { .. } | Core::Store(Store::Missing { .. })
+                )
                 | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
         )
     }

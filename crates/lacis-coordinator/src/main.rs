@@ -36,6 +36,9 @@ enum Command {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Make a new database or key where the state directory has only the other one
+        #[arg(long)]
+        init: bool,
     },
     /// Say whether a configuration can be used, without using it
     Check {
@@ -50,7 +53,7 @@ enum Command {
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.command {
-        Command::Serve { config } => serve(&config),
+        Command::Serve { config, init } => serve(&config, init),
         Command::Check { config } => check(&config),
         Command::Schema => print(&format!("{:#}", schema())),
     };
@@ -91,7 +94,7 @@ fn check(path: &Path) -> Result<(), Error> {
     print(&format!("{}: the configuration can be used", path.display()))
 }
 
-fn serve(path: &Path) -> Result<(), Error> {
+fn serve(path: &Path, init: bool) -> Result<(), Error> {
     let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).with_ansi(colours).init();
@@ -102,12 +105,16 @@ fn serve(path: &Path) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(|source| Error::System { doing: "start the runtime", source })?;
-    runtime.block_on(run(path, &config))
+    runtime.block_on(run(path, &config, init))
 }
 
-async fn run(path: &Path, config: &Config) -> Result<(), Error> {
+async fn run(path: &Path, config: &Config, init: bool) -> Result<(), Error> {
     let stop = CancellationToken::new();
-    let service = Service::start(config, stop.clone()).await?;
+    let service = if init {
+        Service::init(config, stop.clone()).await?
+    } else {
+        Service::start(config, stop.clone()).await?
+    };
     let on = |kind| signal(kind).map_err(|source| Error::System { doing: "wait for signals", source });
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     let mut hangup = on(SignalKind::hangup())?;

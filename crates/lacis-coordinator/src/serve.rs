@@ -1,7 +1,7 @@
 //! Start, run, stop: everything that the program `lacis-coordinator serve` is made of, put together.
 //!
 //! [`Service::start`] does all that can fail; [`Service::run`] serves until it is told to stop. The
-//! order of a stop: no new connections, map streams end, sessions end, relay ends.
+//! order of a stop: no new connections, map streams end, sessions end, relay ends, the database is written and closed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,14 +23,21 @@ use crate::config::Config;
 use crate::core::{self, Core};
 use crate::http1::{Listeners, listen};
 use crate::keys::StateDir;
-use crate::store::Store;
+use crate::store::{Missing, Store};
 use crate::ts2021::Noise;
 use crate::{Error, admin, inner, outer};
 
-/// How long connections may take to end at a stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long connections may take to end at a stop. With the database's turn it makes less than five seconds.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the database may take after that. It takes milliseconds; a slow disk is waited for rather than left with
+/// half of the network in the write-ahead log.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Users, keys and nodes, in the state directory.
 const DATABASE: &str = "coordinator.db";
+/// What clients know the coordinator by.
+const NOISE_KEY: &str = "noise.key";
+/// Keys that a start makes, in the state directory.
+const KEYS: [&str; 2] = [NOISE_KEY, "relay.key"];
 /// OpenMetrics, as Prometheus asks for it.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -55,7 +62,23 @@ pub struct Service {
 
 impl Service {
     /// Reads keys, certificate and database, and binds all sockets.
+    ///
+    /// # Errors
+    /// When something is wrong with any of them. A state directory in which the database or the key is missing, and the
+    /// other is not, is refused: only a whole one and an empty one are taken.
     pub async fn start(config: &Config, stop: CancellationToken) -> Result<Self, Error> {
+        Self::start_from(config, stop, false).await
+    }
+
+    /// The same, and makes what is missing in the state directory.
+    ///
+    /// # Errors
+    /// When something is wrong with what is there.
+    pub async fn init(config: &Config, stop: CancellationToken) -> Result<Self, Error> {
+        Self::start_from(config, stop, true).await
+    }
+
+    async fn start_from(config: &Config, stop: CancellationToken, init: bool) -> Result<Self, Error> {
         let certificate = config
             .tls
             .as_ref()
@@ -63,7 +86,6 @@ impl Service {
             .transpose()?;
         warn_of_surprises(config, certificate.as_deref());
         let state = StateDir::open(&config.state_dir.0)?;
-        let noise_key = state.noise_key()?;
 
         let mut listeners = Vec::new();
         let addresses: Vec<_> = config.listen.iter().map(|address| address.0).collect();
@@ -83,7 +105,9 @@ impl Service {
         }
 
         let derp_map = Arc::new(config.derp_map());
-        let core = open_core(config, &state).await?;
+        let core = open_core(config, &state, init).await?;
+        // After the database: a first start that is interrupted between the two is still one.
+        let noise_key = state.noise_key()?;
         let relay = match &embedded {
             Some(_) => {
                 let asked = core.clone();
@@ -172,17 +196,20 @@ impl Service {
         stop.cancelled().await;
         tasks.close();
         let ended = tokio::time::timeout(STOP_TIMEOUT, async {
-            core.shutdown().await;
+            core.end_streams();
             if let Some(relay) = &relay {
                 relay.shutdown().await;
             }
             noise.wait().await;
             tasks.wait().await;
-            // Once more: the last sessions have left traces.
-            core.shutdown().await;
         });
         if ended.await.is_err() {
             tracing::warn!("some connections did not end in time");
+        }
+        match tokio::time::timeout(CLOSE_TIMEOUT, core.close()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "closing the database"),
+            Err(_) => tracing::error!("the database was not closed in time, its -wal file belongs to it"),
         }
         Ok(())
     }
@@ -235,8 +262,17 @@ async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str);
     ([(CONTENT_TYPE, METRICS_TYPE)], text)
 }
 
-/// Opens the database and reads the networks' state.
-async fn open_core(config: &Config, state: &StateDir) -> Result<Core, Error> {
-    let (store, loaded) = Store::open(state.path().join(DATABASE)).await.map_err(core::Error::Store)?;
+/// Opens the database and reads the networks' state. What looks like a loss is not begun again without `init`.
+async fn open_core(config: &Config, state: &StateDir, init: bool) -> Result<Core, Error> {
+    let made = |name: &str| state.path().join(name).symlink_metadata().is_ok();
+    let missing = match KEYS.into_iter().find(|name| made(name)) {
+        Some(key) if !init => Missing::Refuse { key: state.path().join(key) },
+        _ => Missing::Make,
+    };
+    let opened = Store::open_or(state.path().join(DATABASE), missing).await;
+    let (store, loaded) = opened.map_err(core::Error::Store)?;
+    if !init && !made(NOISE_KEY) && !loaded.nodes.is_empty() {
+        return Err(Error::MissingKey { path: state.path().join(NOISE_KEY), nodes: loaded.nodes.len() });
+    }
     Ok(Core::open(config.core(), store, loaded)?)
 }

@@ -40,6 +40,8 @@ pub enum Write {
     SetPolicy(PolicyRow),
     /// Of the network with this name.
     DeletePolicy(String),
+    /// Changes nothing that is read again, but goes to disk as the others do: only a disk that takes it is healthy.
+    Probe,
 }
 
 /// Why the database could not be opened or changed.
@@ -53,6 +55,12 @@ pub enum Error {
         "the database {path} is damaged ({reason}); put a backup in its place, or move it away to begin anew"
     )]
     Corrupt { path: PathBuf, reason: String },
+    #[error(
+        "the database {path} is missing or empty, but this is not the first start: there is {key}; \
+         put the database back from a backup, with its -wal file if there is one, \
+         or start once with `serve --init` to begin an empty network"
+    )]
+    Missing { path: PathBuf, key: PathBuf },
     #[error("the database {path} was written by a newer version ({reason}); run that version or a newer one")]
     Newer { path: PathBuf, reason: String },
     #[error("the auth key {id} is used up or revoked")]
@@ -61,9 +69,29 @@ pub enum Error {
     Write { reason: String },
     #[error("the database's writer has stopped")]
     Stopped,
+    #[error("the database could not be closed in good order, its -wal file belongs to it: {reason}")]
+    Close { reason: String },
 }
 
-type Job = (Vec<Write>, oneshot::Sender<Result<(), Error>>);
+type Reply = oneshot::Sender<Result<(), Error>>;
+
+#[derive(Debug)]
+enum Job {
+    /// All of these or none.
+    Commit(Vec<Write>, Reply),
+    /// The last one: what comes later is refused.
+    Close(Reply),
+}
+
+/// Whether a database may be made where there is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missing {
+    Make,
+    /// This key says that there was one.
+    Refuse {
+        key: PathBuf,
+    },
+}
 
 /// The database; cheap to clone.
 #[derive(Clone, Debug)]
@@ -77,10 +105,18 @@ impl Store {
     /// # Errors
     /// When it cannot be opened, is damaged, or was written by a newer version.
     pub async fn open(path: PathBuf) -> Result<(Self, Loaded), Error> {
-        let mut connection = sqlite::open(&path).await?;
+        Self::open_or(path, Missing::Make).await
+    }
+
+    /// The same; `missing` says what to do where there is no database, or one without tables.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and [`Error::Missing`].
+    pub async fn open_or(path: PathBuf, missing: Missing) -> Result<(Self, Loaded), Error> {
+        let mut connection = sqlite::open(&path, missing).await?;
         let loaded = sqlite::load(&mut connection, &path).await?;
         let (jobs, queue) = mpsc::channel(QUEUE);
-        tokio::spawn(sqlite::write(connection, queue));
+        tokio::spawn(sqlite::Writer::new(path, connection).run(queue));
         Ok((Self { jobs }, loaded))
     }
 
@@ -89,8 +125,21 @@ impl Store {
     /// # Errors
     /// When the database refuses; nothing has changed then.
     pub async fn commit(&self, writes: Vec<Write>) -> Result<(), Error> {
-        let (done, result) = oneshot::channel();
-        self.jobs.send((writes, done)).await.map_err(|_| Error::Stopped)?;
+        self.send(|reply| Job::Commit(writes, reply)).await
+    }
+
+    /// Writes what waits, moves everything from the write-ahead log into the file, and closes it. Later commits are
+    /// refused with [`Error::Stopped`].
+    ///
+    /// # Errors
+    /// When another process has the database open, or it cannot be written. What was committed is on disk all the same.
+    pub async fn close(&self) -> Result<(), Error> {
+        self.send(Job::Close).await
+    }
+
+    async fn send(&self, job: impl FnOnce(Reply) -> Job) -> Result<(), Error> {
+        let (reply, result) = oneshot::channel();
+        self.jobs.send(job(reply)).await.map_err(|_| Error::Stopped)?;
         result.await.map_err(|_| Error::Stopped)?
     }
 }

@@ -1,7 +1,7 @@
 //! The SQLite side of the store.
 
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection};
 use tokio::sync::mpsc;
 
 use super::rows::{AuthKeyRow, Loaded, NodeRow, PolicyRow, UserRow};
-use super::{Error, Job, Write};
+use super::{Error, Job, Missing, Reply, Write};
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
@@ -20,6 +20,8 @@ const GROUP: usize = 256;
 const FILE_MODE: u32 = 0o600;
 /// Another process (a backup) may hold the database for a moment.
 const BUSY: Duration = Duration::from_secs(5);
+/// The same at the end, when the program is waited for.
+const BUSY_AT_CLOSE: &str = "PRAGMA busy_timeout = 1000";
 
 /// What SQLite says of a file that is none of its own or is torn.
 const SQLITE_CORRUPT: &str = "11";
@@ -40,10 +42,8 @@ fn open_error(path: &Path, error: &sqlx::Error) -> Error {
     Error::Open { path, reason }
 }
 
-pub(super) async fn open(path: &Path) -> Result<SqliteConnection, Error> {
-    // SQLite gives its other files the permissions of this one. What fails here fails again below, with more to say.
-    let _ = std::fs::OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path);
-    let options = SqliteConnectOptions::new()
+async fn connect(path: &Path) -> Result<SqliteConnection, sqlx::Error> {
+    SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
@@ -52,14 +52,46 @@ pub(super) async fn open(path: &Path) -> Result<SqliteConnection, Error> {
         .foreign_keys(true)
         .busy_timeout(BUSY)
         .statement_cache_capacity(32)
-        .disable_statement_logging();
-    let mut connection = options.connect().await.map_err(|error| open_error(path, &error))?;
+        .disable_statement_logging()
+        .connect()
+        .await
+}
+
+/// Is there nothing that SQLite would read?
+fn is_empty_file(path: &Path) -> bool {
+    match std::fs::metadata(path) {
+        Ok(data) => data.len() == 0,
+        // Anything else is said when it is opened.
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
+}
+
+pub(super) async fn open(path: &Path, missing: Missing) -> Result<SqliteConnection, Error> {
+    let refuse = |key: &PathBuf| Error::Missing { path: path.to_owned(), key: key.clone() };
+    // Before anything is touched: beside an empty file SQLite deletes a write-ahead log, which may have everything.
+    if let Missing::Refuse { key } = &missing
+        && is_empty_file(path)
+    {
+        return Err(refuse(key));
+    }
+    // SQLite gives its other files the permissions of this one. What fails here fails again below, with more to say.
+    let _ = std::fs::OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path);
+    let mut connection = connect(path).await.map_err(|error| open_error(path, &error))?;
     let answer: String = sqlx::query_scalar("PRAGMA quick_check(1)")
         .fetch_one(&mut connection)
         .await
         .map_err(|error| open_error(path, &error))?;
     if answer != "ok" {
         return Err(Error::Corrupt { path: path.to_owned(), reason: answer });
+    }
+    if let Missing::Refuse { key } = &missing {
+        let tables: i64 = sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE name = 'nodes'")
+            .fetch_one(&mut connection)
+            .await
+            .map_err(|error| open_error(path, &error))?;
+        if tables == 0 {
+            return Err(refuse(key));
+        }
     }
     MIGRATIONS.run_direct(None, &mut connection, false).await.map_err(|error| match error {
         sqlx::migrate::MigrateError::VersionMissing(version) => {
@@ -168,33 +200,115 @@ pub(super) async fn load(connection: &mut SqliteConnection, path: &Path) -> Resu
     Ok(loaded)
 }
 
-/// Writes what comes until nobody can send any more, and closes the database in good order.
-pub(super) async fn write(mut connection: SqliteConnection, mut queue: mpsc::Receiver<Job>) {
-    while let Some(first) = queue.recv().await {
-        let mut group = vec![first];
-        while group.len() < GROUP {
-            let Ok(job) = queue.try_recv() else { break };
-            group.push(job);
+/// The only one who writes.
+pub(super) struct Writer {
+    path: PathBuf,
+    /// `None` after a failed transaction: SQLite may have rolled it back by itself or not, and a connection that is
+    /// still inside it would take the next changes, say yes, and never commit them.
+    connection: Option<SqliteConnection>,
+}
+
+impl Writer {
+    pub(super) fn new(path: PathBuf, connection: SqliteConnection) -> Self {
+        Self { path, connection: Some(connection) }
+    }
+
+    /// Writes what comes until it is told to close, or nobody can send any more.
+    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        let closing = loop {
+            let mut group = Vec::new();
+            let mut next = queue.recv().await;
+            let end = loop {
+                match next {
+                    Some(Job::Commit(writes, reply)) => group.push((writes, reply)),
+                    Some(Job::Close(reply)) => break Some(Some(reply)),
+                    None => break Some(None),
+                }
+                if group.len() == GROUP {
+                    break None;
+                }
+                match queue.try_recv() {
+                    Ok(job) => next = Some(job),
+                    // If nobody can send any more, the next turn finds out.
+                    Err(_) => break None,
+                }
+            };
+            if !group.is_empty() {
+                self.commit(group).await;
+            }
+            if let Some(closing) = end {
+                break closing;
+            }
+        };
+        drop(queue);
+        let closed = self.close().await;
+        match closing {
+            Some(reply) => {
+                let _ = reply.send(closed);
+            }
+            None => {
+                if let Err(error) = closed {
+                    tracing::warn!(%error, "closing the database");
+                }
+            }
         }
+    }
+
+    async fn commit(&mut self, group: Vec<(Vec<Write>, Reply)>) {
         let mut results = Vec::with_capacity(group.len());
-        let outcome = transaction(&mut connection, &group, &mut results).await;
-        for (index, (_, done)) in group.into_iter().enumerate() {
+        let outcome = self.try_commit(&group, &mut results).await;
+        for (index, (_, reply)) in group.into_iter().enumerate() {
             let result = match &outcome {
                 Ok(()) => results.get(index).cloned().unwrap_or(Err(Error::Stopped)),
                 Err(error) => Err(Error::Write { reason: error.to_string() }),
             };
             // Nobody waits any more when the request was cancelled; the change stands all the same.
-            let _ = done.send(result);
+            let _ = reply.send(result);
         }
     }
-    if let Err(error) = connection.close().await {
-        tracing::warn!(%error, "closing the database");
+
+    async fn try_commit(
+        &mut self,
+        group: &[(Vec<Write>, Reply)],
+        results: &mut Vec<Result<(), Error>>,
+    ) -> Result<(), sqlx::Error> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => connect(&self.path).await?,
+        };
+        let outcome = transaction(&mut connection, group, results).await;
+        if outcome.is_ok() {
+            self.connection = Some(connection);
+        } else if let Err(error) = connection.close().await {
+            tracing::debug!(%error, "closing the database after a failed change");
+        }
+        outcome
+    }
+
+    /// Leaves the whole database in its one file, as people copy it.
+    async fn close(self) -> Result<(), Error> {
+        let failed = |error: sqlx::Error| Error::Close { reason: error.to_string() };
+        let mut connection = match self.connection {
+            Some(connection) => connection,
+            None => connect(&self.path).await.map_err(failed)?,
+        };
+        sqlx::query(BUSY_AT_CLOSE).execute(&mut connection).await.map_err(failed)?;
+        let busy: i64 = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
+            .fetch_one(&mut connection)
+            .await
+            .and_then(|row| row.try_get(0))
+            .map_err(failed)?;
+        connection.close().await.map_err(failed)?;
+        if busy != 0 {
+            return Err(Error::Close { reason: "another program has the database open".to_owned() });
+        }
+        Ok(())
     }
 }
 
 async fn transaction(
     connection: &mut SqliteConnection,
-    group: &[Job],
+    group: &[(Vec<Write>, Reply)],
     results: &mut Vec<Result<(), Error>>,
 ) -> Result<(), sqlx::Error> {
     let mut transaction = connection.begin().await?;
@@ -303,6 +417,8 @@ async fn apply(connection: &mut SqliteConnection, write: &Write) -> Result<(), E
         .bind(&policy.format)
         .bind(policy.changed),
         Write::DeletePolicy(tailnet) => sqlx::query("DELETE FROM policies WHERE tailnet = ?").bind(tailnet),
+        // A number in the file's header that is the application's, and has no other use here.
+        Write::Probe => sqlx::query("PRAGMA user_version = 1"),
     };
     query.execute(connection).await.map_err(refused)?;
     Ok(())
@@ -344,6 +460,85 @@ mod tests {
         drop(store);
         let (_, loaded) = Store::open(path).await.unwrap();
         assert_eq!(loaded.keys, [AuthKeyRow { used: true, ..key("k1") }]);
+    }
+
+    #[tokio::test]
+    async fn a_closed_database_is_whole_in_its_one_file_and_takes_nothing_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        let (store, _) = Store::open(path.clone()).await.unwrap();
+        let other = store.clone();
+        // What is waiting when it is closed is written too.
+        let (written, closed) = tokio::join!(store.commit(vec![Write::InsertKey(key("k1"))]), store.close());
+        written.unwrap();
+        closed.unwrap();
+        assert!(!folder.path().join("db.sqlite-wal").exists());
+        let late = other.commit(vec![Write::InsertKey(key("k2"))]).await;
+        assert!(matches!(late, Err(Error::Stopped)), "{late:?}");
+        assert!(matches!(other.close().await, Err(Error::Stopped)));
+        let copy = folder.path().join("copy.sqlite");
+        std::fs::copy(&path, &copy).unwrap();
+        let (_, loaded) = Store::open(copy).await.unwrap();
+        assert_eq!(loaded.keys, [key("k1")]);
+    }
+
+    #[tokio::test]
+    async fn a_database_that_another_program_holds_says_so_at_the_close_and_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        let (store, _) = Store::open(path.clone()).await.unwrap();
+        let mut reader = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
+        let mut reading = reader.begin().await.unwrap();
+        sqlx::query("SELECT * FROM users").fetch_all(&mut *reading).await.unwrap();
+        store.commit(vec![Write::InsertKey(key("k1"))]).await.unwrap();
+        let closed = store.close().await;
+        assert!(matches!(closed, Err(Error::Close { .. })), "{closed:?}");
+        reading.commit().await.unwrap();
+        reader.close().await.unwrap();
+        let (_, loaded) = Store::open(path).await.unwrap();
+        assert_eq!(loaded.keys, [key("k1")]);
+    }
+
+    #[tokio::test]
+    async fn a_database_that_cannot_be_written_fails_the_probe() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        let mut connection = open(&path, Missing::Make).await.unwrap();
+        let wal = || std::fs::metadata(folder.path().join("db.sqlite-wal")).map_or(0, |data| data.len());
+        let before = wal();
+        let mut results = Vec::new();
+        let probe = || {
+            let (reply, _) = tokio::sync::oneshot::channel();
+            [(vec![Write::Probe], reply)]
+        };
+        transaction(&mut connection, &probe(), &mut results).await.unwrap();
+        assert!(results.pop().unwrap().is_ok() && wal() > before, "it goes to disk");
+        sqlx::query("PRAGMA query_only = 1").execute(&mut connection).await.unwrap();
+        transaction(&mut connection, &probe(), &mut results).await.unwrap();
+        assert!(matches!(results.pop(), Some(Err(Error::Write { .. }))));
+    }
+
+    #[tokio::test]
+    async fn a_database_is_made_where_one_is_missing_only_if_that_is_meant() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db.sqlite");
+        let refuse = || Missing::Refuse { key: folder.path().join("noise.key") };
+        let missing = |result: Result<_, Error>| matches!(result, Err(Error::Missing { .. }));
+        assert!(missing(Store::open_or(path.clone(), refuse()).await));
+        assert!(!path.exists(), "nothing was made");
+        // Beside an empty file there may be a write-ahead log with everything in it: it stays.
+        std::fs::write(&path, "").unwrap();
+        std::fs::write(folder.path().join("db.sqlite-wal"), "all of it").unwrap();
+        assert!(missing(Store::open_or(path.clone(), refuse()).await));
+        assert_eq!(std::fs::read_to_string(folder.path().join("db.sqlite-wal")).unwrap(), "all of it");
+        std::fs::remove_file(folder.path().join("db.sqlite-wal")).unwrap();
+        // What is left of a copy of the file alone while a program runs: a header, and no tables.
+        let header = SqliteConnectOptions::new().filename(&path).journal_mode(SqliteJournalMode::Wal);
+        header.connect().await.unwrap().close().await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+        assert!(missing(Store::open_or(path.clone(), refuse()).await));
+        Store::open_or(path.clone(), Missing::Make).await.unwrap().0.close().await.unwrap();
+        Store::open_or(path, refuse()).await.unwrap();
     }
 
     #[tokio::test]

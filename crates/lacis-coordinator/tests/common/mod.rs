@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 #![allow(dead_code, reason = "no test program needs all of it")]
 
+pub(crate) mod program;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use http::StatusCode;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -17,9 +20,11 @@ use lacis_wire::admin::{CreateKey, CreateUser};
 use lacis_wire::control::{
     Hostinfo, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, to_json,
 };
+use lacis_wire::derp;
 use lacis_wire::io::{ControlClient, ControlDialer};
 use lacis_wire::key::{MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::mapframe::{Compression, Decoder};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 
 /// Longer than anything here takes; only a failure waits for it.
@@ -84,19 +89,21 @@ impl Server {
 
 /// The configuration of such a coordinator, with these members more in the declaration of `lab`.
 pub(crate) fn config(state: &Path, lab: &str) -> Config {
-    let text = format!(
+    Config::parse("test.yaml", &config_text(state, lab)).unwrap()
+}
+
+pub(crate) fn config_text(state: &Path, lab: &str) -> String {
+    format!(
         "server_url: http://mesh.example.org\nlisten: [\"127.0.0.1:0\"]\nstate_dir: {}\n\
          tailnets: {{ lab: {{ domain: lab.example.com{lab} }}, other: {{ domain: other.example.com }} }}\n\
          metrics_listen: \"off\"\nembedded_relay: {{ stun_listen: [\"127.0.0.1:0\"], ipv4: 192.0.2.7 }}\n\
          ephemeral_timeout: 1s\n",
         state.display()
-    );
-    Config::parse("test.yaml", &text).unwrap()
+    )
 }
 
 /// What a browser gets.
 pub(crate) async fn get(server: &Server, path: &str) -> String {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -239,5 +246,50 @@ impl Stream {
                 return frame;
             }
         }
+    }
+}
+
+/// A connection to the embedded relay; `None` when it does not let the node in.
+pub(crate) async fn relay(server: &Server, key: &NodePrivateKey) -> Option<RelayConnection> {
+    let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let upgrade = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n";
+    stream.write_all(upgrade).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    let (decoder, input) = (derp::Decoder::new(derp::Role::Client), BytesMut::new());
+    let mut connection = RelayConnection { stream, decoder, input };
+    let Some(derp::Frame::ServerKey(relay)) = connection.next().await else { panic!("no key of the relay") };
+    let login = derp::LoginBox::client(key, &relay);
+    let sealed = derp::ClientInfo::default().seal(&login, derp::random_nonce());
+    let info = derp::Frame::ClientInfo { key: key.public(), sealed };
+    connection.stream.write_all(&info.to_bytes()).await.unwrap();
+    matches!(connection.next().await, Some(derp::Frame::ServerInfo(_))).then_some(connection)
+}
+
+pub(crate) struct RelayConnection {
+    stream: tokio::net::TcpStream,
+    decoder: derp::Decoder,
+    input: BytesMut,
+}
+
+impl RelayConnection {
+    /// The next frame; `None` once the relay has closed.
+    async fn next(&mut self) -> Option<derp::Frame> {
+        loop {
+            if let Some(frame) = self.decoder.decode(&mut self.input).unwrap() {
+                return Some(frame);
+            }
+            let read = tokio::time::timeout(PATIENCE, self.stream.read_buf(&mut self.input)).await.unwrap();
+            if read.unwrap_or(0) == 0 {
+                return None;
+            }
+        }
+    }
+
+    /// Waits until the relay closes the connection.
+    pub(crate) async fn ended(&mut self) {
+        while self.next().await.is_some() {}
     }
 }
