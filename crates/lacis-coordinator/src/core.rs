@@ -1,13 +1,15 @@
 //! The heart of the coordinator: which networks there are, who is in them, and who must hear of a change.
 //!
 //! A change goes this way: it is prepared under the network's lock (names and addresses are taken), written in one
-//! transaction where it must last, then published: a new record, a new snapshot, an entry in the log. Map streams wait
-//! for the log to grow ([`session`]). What a node says of itself (endpoints, home relay) is published at once and
-//! written later, since losing it costs nothing.
+//! transaction where it must last, then published: a new record, a new snapshot, an entry in the log. Changes of one
+//! node follow each other ([`change`]), as do those of users and policies. Map streams wait for the log to grow
+//! ([`session`]). What a node says of itself (endpoints, home relay) is published at once and written later, since
+//! losing it costs nothing.
 
 pub mod addresses;
 mod admin;
 pub mod auth_key;
+mod change;
 mod frames;
 mod health;
 mod janitor;

@@ -184,39 +184,26 @@ impl Core {
         name: &str,
     ) -> Result<NodeInfo, AdminError> {
         let name = names::check(name, &tailnet.settings.domain)?;
-        let renamed = {
+        let node = self.lock_node(tailnet, node.id).await.ok_or_else(|| AdminError::no_node(&node.name))?;
+        let id = node.record().id;
+        {
             let mut locked = tailnet.lock();
-            let snapshot = locked.snapshot();
-            let current = snapshot.node(node.id).ok_or_else(|| not_found("node", &node.name))?;
             match locked.state.names.get(&name) {
-                Some(owner) if *owner != node.id => return Err(AdminError::Exists { what: "node", name }),
-                Some(_) | None => {}
-            }
-            locked.state.names.insert(name.clone(), node.id);
-            NodeRecord { name, name_is_given: true, ..(**current).clone() }
-        };
-        let stored = self.0.store.commit(vec![Write::UpdateNode(renamed.row(&tailnet.settings.name))]).await;
+                Some(owner) if *owner != id => return Err(AdminError::Exists { what: "node", name }),
+                Some(_) | None => locked.state.names.insert(name.clone(), id),
+            };
+        }
+        let renamed = |of: &NodeRecord| NodeRecord { name: name.clone(), name_is_given: true, ..of.clone() };
+        let written = node.write(Vec::new(), renamed).await;
         let mut locked = tailnet.lock();
-        let snapshot = locked.snapshot();
-        let Some(current) = snapshot.node(node.id) else {
-            if locked.state.names.get(&renamed.name) == Some(&node.id) {
-                locked.state.names.remove(&renamed.name);
-            }
-            return Err(not_found("node", &node.name));
-        };
-        if let Err(error) = stored {
-            if current.name != renamed.name {
-                locked.state.names.remove(&renamed.name);
-            }
-            return Err(error.into());
+        // It may have followed its host's name meanwhile.
+        let current = node.record();
+        let unused = if written.is_ok() { &current.name } else { &name };
+        if current.name != name {
+            locked.state.names.remove(unused);
         }
-        locked.state.dirty.insert(node.id);
-        if current.name != renamed.name {
-            locked.state.names.remove(&current.name);
-        }
-        // Other facts may have changed while it was written.
-        let renamed = NodeRecord { name: renamed.name, name_is_given: true, ..(**current).clone() };
-        Ok(node_info(tailnet, &locked.put(renamed, What::Whole)))
+        written?;
+        Ok(node_info(tailnet, &locked.put(renamed(&current), What::Whole)))
     }
 
     pub fn node_info(&self, tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {

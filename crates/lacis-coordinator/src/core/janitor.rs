@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lacis_wire::control::PeerChange;
+use lacis_wire::key::NodeKey;
 use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
 use super::{Core, now, presence};
-use crate::store::Write;
+use crate::store::{self, Write};
 
 /// Expiry and absence are known in seconds.
 const TICK: Duration = Duration::from_secs(1);
@@ -26,15 +27,13 @@ pub(super) async fn run(core: Core) {
             () = core.0.token.cancelled() => return,
         }
         for tailnet in core.0.tailnets.values() {
-            let gone = sweep(tailnet, timeout, now());
+            let Ended { gone, expired } = sweep(tailnet, timeout, now());
+            for key in expired {
+                core.revoked(&key);
+            }
             presence::look_after_routers(tailnet, Instant::now());
             for node in gone {
-                // It may have come back while others were deleted.
-                let left = tailnet.lock().state.leaving.get(&node.id).copied();
-                if left.is_none_or(|at| at.saturating_add(timeout) > now()) {
-                    continue;
-                }
-                if let Err(error) = core.delete_node(tailnet, &node).await {
+                if let Err(error) = delete_if_gone(&core, tailnet, &node, timeout).await {
                     tracing::warn!(node = %node.name, %error, "deleting an ephemeral node");
                 }
             }
@@ -42,6 +41,19 @@ pub(super) async fn run(core: Core) {
         core.0.pending.forget_old(now());
         core.0.ssh_checks.forget_old(now());
     }
+}
+
+/// Deletes an ephemeral node, unless it came back while others were deleted or signed in again before its turn.
+async fn delete_if_gone(
+    core: &Core,
+    tailnet: &Tailnet,
+    node: &NodeRecord,
+    timeout: i64,
+) -> Result<(), store::Error> {
+    let Some(locked) = core.lock_node(tailnet, node.id).await else { return Ok(()) };
+    let left = tailnet.lock().state.leaving.get(&node.id).copied();
+    let gone = left.is_some_and(|at| at.saturating_add(timeout) <= now());
+    if gone && locked.record().ephemeral { locked.delete().await } else { Ok(()) }
 }
 
 /// Writes what may wait, apart from the rest: a slow disk must not keep a router from being passed over.
@@ -56,9 +68,18 @@ pub(super) async fn write_back(core: Core) {
     }
 }
 
-/// Marks what is away or expired, and returns the ephemeral nodes whose time is over.
-pub(super) fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRecord>> {
-    let mut gone = Vec::new();
+/// What has come to its end, as [`sweep`] found it.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    /// Ephemeral nodes that were away too long.
+    pub(super) gone: Vec<Arc<NodeRecord>>,
+    /// Keys that have just expired.
+    pub(super) expired: Vec<NodeKey>,
+}
+
+/// Marks what is away or expired, and returns what follows from it.
+pub(super) fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Ended {
+    let mut ended = Ended::default();
     let mut locked = tailnet.lock();
     let snapshot = locked.snapshot();
     let left: Vec<_> =
@@ -82,7 +103,7 @@ pub(super) fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRe
         if !node.ephemeral {
             locked.state.leaving.remove(&id);
         } else if at.saturating_add(timeout) <= now {
-            gone.push(Arc::clone(node));
+            ended.gone.push(Arc::clone(node));
         }
     }
     for node in &locked.snapshot().nodes {
@@ -91,9 +112,10 @@ pub(super) fn sweep(tailnet: &Tailnet, timeout: i64, now: i64) -> Vec<Arc<NodeRe
             let patch =
                 PeerChange { node_id: node.id, key_expiry: Some(key_expiry), ..PeerChange::default() };
             locked.put(NodeRecord { expired: true, ..(**node).clone() }, What::PatchAndSelf(patch));
+            ended.expired.push(node.node_key);
         }
     }
-    gone
+    ended
 }
 
 /// Notes when the nodes that are here were last seen: they will find no server in a moment.
@@ -110,6 +132,8 @@ pub(super) fn note_last_seen(core: &Core) {
 /// Writes what nodes said of themselves since the last time.
 pub(super) async fn flush(core: &Core) {
     for tailnet in core.0.tailnets.values() {
+        // A row that is made before a change must not be written after it.
+        let _locks = tailnet.node_locks.all().await;
         let (dirty, writes) = {
             let mut locked = tailnet.lock();
             let dirty = std::mem::take(&mut locked.state.dirty);

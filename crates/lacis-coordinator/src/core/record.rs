@@ -188,6 +188,15 @@ impl NodeRecord {
         [self.v4.into(), self.v6.into()]
     }
 
+    /// Is it the same node of the same owner, with the same right to be there?
+    pub(super) fn is_same_member(&self, other: &Self) -> bool {
+        self.node_key == other.node_key
+            && self.user == other.user
+            && self.tags == other.tags
+            && self.auth_key == other.auth_key
+            && self.key_expiry == other.key_expiry
+    }
+
     pub fn is_expired_at(&self, now: i64) -> bool {
         self.key_expiry.is_some_and(|expiry| expiry <= now)
     }

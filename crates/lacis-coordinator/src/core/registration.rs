@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lacis_wire::control::{Hostinfo, PeerChange, UserId};
+use lacis_wire::control::{Hostinfo, UserId};
 use lacis_wire::key::{MachineKey, NodeKey};
-use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
@@ -28,8 +27,8 @@ pub enum Refused {
     ForeignKey,
     #[error("this node key belongs to another node of this machine: sign in with a new one")]
     OtherNode,
-    #[error("this node was deleted just now; try again")]
-    Deleted,
+    #[error("this node was changed or deleted just now; try again")]
+    Changed,
     #[error("a node key of zeros is no identity")]
     ZeroKey,
     #[error("requested tags [{0}] are invalid or not permitted")]
@@ -145,8 +144,10 @@ impl Core {
         tailnet: &Arc<Tailnet>,
         user: UserId,
     ) -> Result<Option<Member>, Refused> {
+        let Some(machine) = self.0.pending.get(id).map(|waiting| waiting.machine) else { return Ok(None) };
+        let _turn = self.machine(&machine).lock().await;
+        // Another administrator may have decided while this one waited.
         let Some(waiting) = self.0.pending.get(id) else { return Ok(None) };
-        let _turn = self.machine(&waiting.machine).lock().await;
         let applicant = Applicant {
             machine: waiting.machine,
             node_key: waiting.node_key,
@@ -194,30 +195,26 @@ impl Core {
     ///
     /// # Errors
     /// When it cannot be stored.
-    pub async fn logout(&self, tailnet: &Arc<Tailnet>, node: &Arc<NodeRecord>) -> Result<(), store::Error> {
-        if node.ephemeral {
-            return self.delete_node(tailnet, node).await;
+    pub async fn logout(&self, tailnet: &Tailnet, node: &NodeRecord) -> Result<(), store::Error> {
+        let Some(locked) = self.lock_node(tailnet, node.id).await else { return Ok(()) };
+        let current = locked.record();
+        match (current.node_key == node.node_key, current.ephemeral) {
+            // It has signed in again with another key, and this one is worth nothing.
+            (false, _) => Ok(()),
+            (true, true) => locked.delete().await,
+            (true, false) => locked.expire(now()).await,
         }
-        self.expire(tailnet, node, now()).await
     }
 
-    /// Lets a node's key end at `at`.
+    /// Lets a node's key end at `at` (Unix seconds). One that is gone has none.
     ///
     /// # Errors
     /// When it cannot be stored.
     pub async fn expire(&self, tailnet: &Tailnet, node: &NodeRecord, at: i64) -> Result<(), store::Error> {
-        let ended = NodeRecord { key_expiry: Some(at), expired: at <= now(), ..node.clone() };
-        self.0.store.commit(vec![Write::UpdateNode(ended.row(&tailnet.settings.name))]).await?;
-        let mut locked = tailnet.lock();
-        locked.state.dirty.insert(node.id);
-        if let Some(current) = locked.snapshot().node(node.id) {
-            let key_expiry = OffsetDateTime::from_unix_timestamp(at).ok();
-            let patch =
-                PeerChange { node_id: node.id, key_expiry: Some(key_expiry), ..PeerChange::default() };
-            let ended = NodeRecord { key_expiry: Some(at), expired: at <= now(), ..(**current).clone() };
-            locked.put(ended, What::PatchAndSelf(patch));
+        match self.lock_node(tailnet, node.id).await {
+            Some(locked) => locked.expire(at).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Takes a node out of its network.
@@ -225,19 +222,10 @@ impl Core {
     /// # Errors
     /// When it cannot be stored.
     pub async fn delete_node(&self, tailnet: &Tailnet, node: &NodeRecord) -> Result<(), store::Error> {
-        self.0.store.commit(vec![Write::DeleteNode(node.id.0)]).await?;
-        let key = {
-            let mut locked = tailnet.lock();
-            // It may have changed its key meanwhile.
-            let Some(current) = locked.snapshot().node(node.id).cloned() else { return Ok(()) };
-            locked.remove(&current);
-            current.node_key
-        };
-        self.index(|keys| {
-            keys.remove(&key);
-        });
-        self.revoked(&key);
-        Ok(())
+        match self.lock_node(tailnet, node.id).await {
+            Some(locked) => locked.delete().await,
+            None => Ok(()),
+        }
     }
 
     /// A node key that another machine has is refused, whoever asks: else a peer could take its owner's place.
@@ -312,8 +300,12 @@ impl Core {
         let mut writes: Vec<_> = spend.map(Write::SpendKey).into_iter().collect();
         let node = match existing {
             Some(old) => {
+                let locked_node = self.lock_node(tailnet, old.id).await;
+                // What was decided about this node must be about the node as it is.
+                let Some(locked_node) = locked_node.filter(|node| node.record().is_same_member(&old)) else {
+                    return Err(Refused::Changed);
+                };
                 let hostinfo = Arc::new(merged(&old.hostinfo, applicant.hostinfo));
-                // Made twice: of the record as it is now, to be written, and of what it is after that.
                 let renewed = |of: &NodeRecord| NodeRecord {
                     node_key: applicant.node_key,
                     user: identity.user,
@@ -326,32 +318,24 @@ impl Core {
                     expired: false,
                     ..of.clone()
                 };
-                let node = renewed(&old);
-                writes.push(Write::UpdateNode(node.row(&tailnet.settings.name)));
-                self.0.store.commit(writes).await.map_err(spent)?;
+                locked_node.write(writes, renewed).await.map_err(spent)?;
                 self.index(|keys| {
                     keys.remove(&old.node_key);
-                    keys.insert(node.node_key, (Arc::clone(tailnet), node.id));
+                    keys.insert(applicant.node_key, (Arc::clone(tailnet), old.id));
                 });
-                if old.node_key != node.node_key {
+                if old.node_key != applicant.node_key {
                     self.revoked(&old.node_key);
                 }
                 let mut locked = tailnet.lock();
-                let snapshot = locked.snapshot();
-                let Some(current) = snapshot.node(node.id) else {
-                    drop(locked);
-                    self.index(|keys| {
-                        keys.remove(&node.node_key);
-                    });
-                    return Err(Refused::Deleted);
-                };
-                let name = follow_name(&mut locked.state.names, current, &hostinfo.hostname);
-                locked.state.stay(node.id);
-                if node.ephemeral && !locked.state.sessions.contains_key(&node.id) {
-                    locked.state.leaving.entry(node.id).or_insert_with(now);
+                let current = locked_node.record();
+                let name = follow_name(&mut locked.state.names, &current, &hostinfo.hostname);
+                locked.state.stay(old.id);
+                if identity.ephemeral && !locked.state.sessions.contains_key(&old.id) {
+                    locked.state.leaving.entry(old.id).or_insert_with(now);
                 }
-                locked.state.dirty.insert(node.id);
-                locked.put(NodeRecord { name, ..renewed(current) }, What::Whole)
+                // Of the name only.
+                locked.state.dirty.insert(old.id);
+                locked.put(NodeRecord { name, ..renewed(&current) }, What::Whole)
             }
             None => {
                 let reserved = Reserved::new(tailnet, self.next_node(), &identity, &applicant.hostinfo)?;

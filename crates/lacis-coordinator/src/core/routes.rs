@@ -14,7 +14,6 @@ use super::Core;
 use super::admin::AdminError;
 use super::record::NodeRecord;
 use super::tailnet::{Snapshot, Tailnet, What};
-use crate::store::Write;
 
 /// The routes to everywhere. Clients use an exit node only with both.
 fn exit_routes() -> [IpNet; 2] {
@@ -45,17 +44,11 @@ impl Core {
         routes: &[IpNet],
     ) -> Result<NodeInfo, AdminError> {
         let approved = normal(routes);
-        let approving = NodeRecord { approved: approved.clone(), ..node.clone() };
-        self.0.store.commit(vec![Write::UpdateNode(approving.row(&tailnet.settings.name))]).await?;
-        let node = {
-            let mut locked = tailnet.lock();
-            let snapshot = locked.snapshot();
-            // Other facts may have changed while it was written.
-            let current = snapshot.node(node.id).ok_or_else(|| AdminError::no_node(&node.name))?;
-            locked.state.dirty.insert(node.id);
-            let patch = PeerChange { node_id: node.id, ..PeerChange::default() };
-            locked.put(NodeRecord { approved, ..(**current).clone() }, What::Patch(patch))
-        };
+        let locked = self.lock_node(tailnet, node.id).await.ok_or_else(|| AdminError::no_node(&node.name))?;
+        // What it means for peers, the policy says.
+        let patch = PeerChange { node_id: node.id, ..PeerChange::default() };
+        let approving = |of: &NodeRecord| NodeRecord { approved: approved.clone(), ..of.clone() };
+        let node = locked.change(What::Patch(patch), approving).await?;
         Ok(self.node_info(tailnet, &node))
     }
 }

@@ -9,7 +9,6 @@ use super::admin::AdminError;
 use super::record::NodeRecord;
 use super::registration::Refused;
 use super::tailnet::{Tailnet, What};
-use crate::store::Write;
 
 pub(super) fn is_tag(tag: &str) -> bool {
     let Some(name) = tag.strip_prefix("tag:") else { return false };
@@ -26,6 +25,20 @@ pub(super) fn normal(tags: &[String]) -> Vec<String> {
 }
 
 impl Tailnet {
+    /// The tags that an administrator gives, to a node or by a key: sorted, each once.
+    ///
+    /// # Errors
+    /// When one is no tag, or the policy does not know it. Without a policy none means anything yet.
+    pub(super) fn known_tags(&self, tags: &[String]) -> Result<Vec<String>, AdminError> {
+        if let Some(bad) = tags.iter().find(|tag| !is_tag(tag)) {
+            return Err(AdminError::BadTag(display_text(bad)));
+        }
+        if let Some(unknown) = tags.iter().find(|tag| self.lacks_tag(tag)) {
+            return Err(AdminError::UnknownTag(unknown.clone()));
+        }
+        Ok(normal(tags))
+    }
+
     /// The tags that a user's node gets when it asks for these: all, or it is refused.
     pub(super) fn tags_for(&self, user: UserId, asked: &[String]) -> Result<Vec<String>, Refused> {
         let snapshot = self.snapshot();
@@ -41,7 +54,7 @@ impl Core {
     /// Gives a node these tags in place of its owner or of other tags.
     ///
     /// # Errors
-    /// When there are none or one is no tag, it cannot be stored, or the node is gone.
+    /// When there are none, or one is no tag or not the policy's; when it cannot be stored, or the node is gone.
     pub async fn set_tags(
         &self,
         tailnet: &Tailnet,
@@ -51,27 +64,15 @@ impl Core {
         if tags.is_empty() {
             return Err(AdminError::NoTags);
         }
-        if let Some(bad) = tags.iter().find(|tag| !is_tag(tag)) {
-            return Err(AdminError::BadTag(display_text(bad)));
-        }
-        // A tag that the policy does not know is a slip; without a policy none means anything yet.
-        if let Some(unknown) = tags.iter().find(|tag| tailnet.lacks_tag(tag)) {
-            return Err(AdminError::UnknownTag(unknown.clone()));
-        }
+        let tags = tailnet.known_tags(tags)?;
+        let locked = self.lock_node(tailnet, node.id).await.ok_or_else(|| AdminError::no_node(&node.name))?;
         let tagged = |of: &NodeRecord| NodeRecord {
             user: None,
-            tags: normal(tags),
+            tags: tags.clone(),
             key_expiry: if of.expired { of.key_expiry } else { None },
             ..of.clone()
         };
-        self.0.store.commit(vec![Write::UpdateNode(tagged(node).row(&tailnet.settings.name))]).await?;
-        let node = {
-            let mut locked = tailnet.lock();
-            let snapshot = locked.snapshot();
-            let current = snapshot.node(node.id).ok_or_else(|| AdminError::no_node(&node.name))?;
-            locked.state.dirty.insert(node.id);
-            locked.put(tagged(current), What::Whole)
-        };
+        let node = locked.change(What::Whole, tagged).await?;
         Ok(self.node_info(tailnet, &node))
     }
 }

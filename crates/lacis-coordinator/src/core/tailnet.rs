@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use super::addresses::Addresses;
+use super::change::NodeLocks;
 use super::frames::FrameCache;
 use super::policy::{PolicySource, PolicyState};
 use super::presence::Presence;
@@ -145,6 +146,8 @@ pub struct Tailnet {
     pub(super) policy_turn: tokio::sync::Mutex<()>,
     /// And so are users changed: no two get the same name or address.
     pub(super) users_turn: tokio::sync::Mutex<()>,
+    /// And so is each node.
+    pub(super) node_locks: NodeLocks,
     pub(super) frames: FrameCache,
 }
 
@@ -171,15 +174,18 @@ impl Tailnet {
         mut nodes: Vec<NodeRecord>,
     ) -> Self {
         let mut state = State::default();
-        nodes.sort_by_key(|node| node.id);
+        // Names that follow their hosts are written later than they are given: after a crash two nodes may have the
+        // same one in the database. One that an administrator gave stays.
+        nodes.sort_by_key(|node| (!node.name_is_given, node.id));
         for node in &mut nodes {
-            // Names that follow their hosts are written later than they are given: after a crash two nodes may
-            // have the same one in the database.
             if state.names.contains_key(&node.name) {
                 node.name = names::free(&node.name, |name| state.names.contains_key(name));
                 state.dirty.insert(node.id);
             }
             state.names.insert(node.name.clone(), node.id);
+        }
+        nodes.sort_by_key(|node| node.id);
+        for node in &nodes {
             state.by_machine.entry(node.machine_key).or_default().push(node.id);
         }
         let nodes: Vec<_> = nodes.into_iter().map(Arc::new).collect();
@@ -197,6 +203,7 @@ impl Tailnet {
             policy: Mutex::default(),
             policy_turn: tokio::sync::Mutex::default(),
             users_turn: tokio::sync::Mutex::default(),
+            node_locks: NodeLocks::default(),
             frames: FrameCache::default(),
         }
     }
@@ -343,6 +350,13 @@ pub(super) mod tests {
         assert_eq!(names, ["a", "a-1", "a-1-1"]);
         let locked = network.lock();
         assert_eq!(locked.state.dirty, [NodeId(2), NodeId(3)].into());
+    }
+
+    #[test]
+    fn of_two_nodes_with_one_name_the_one_that_was_given_it_keeps_it() {
+        let network = network(vec![node(1, "a"), NodeRecord { name_is_given: true, ..node(2, "a") }]);
+        let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
+        assert_eq!(names, ["a-1", "a"]);
     }
 
     #[test]
