@@ -259,10 +259,9 @@ impl Core {
         }
     }
 
-    /// May this node use our relays? Every node that is known may, an expired one included: it must reach us to
-    /// sign in again.
+    /// May this node use our relays? Not after its key has expired: it signs in again without them.
     pub fn may_relay(&self, key: &NodeKey) -> bool {
-        self.find(key).is_some()
+        self.find(key).is_some_and(|(_, node)| !node.expired && !node.is_expired_at(now()))
     }
 
     /// The node of this key, and its network.

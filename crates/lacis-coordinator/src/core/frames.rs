@@ -157,7 +157,7 @@ pub(super) enum Whole {
     Again,
 }
 
-/// Everything `viewer` may know.
+/// Everything `viewer` may know: only itself, once its key has expired.
 pub(super) fn whole(
     settings: &Settings,
     snapshot: &Snapshot,
@@ -168,14 +168,17 @@ pub(super) fn whole(
     let network = &snapshot.network;
     let mut users = vec![viewer.user];
     let mut peers = Vec::new();
-    if whole != Whole::Alone {
+    if whole != Whole::Alone && !viewer.expired {
         for node in network.peers(viewer.id).filter_map(|id| snapshot.node(id)) {
             users.push(node.user);
             peers.push(node.peer_json(&settings.domain, network, &Shown::of(network, viewer.id, node.id)));
         }
     }
-    let filter = network.filter(viewer.id);
-    let ssh = network.ssh_rules(viewer.id);
+    let (filter, ssh) = if viewer.expired {
+        (Vec::new(), Vec::new())
+    } else {
+        (network.filter(viewer.id), network.ssh_rules(viewer.id))
+    };
     encode(
         &First {
             control_time: control_time(),

@@ -15,11 +15,22 @@ pub(super) struct Before {
     pub(super) network: Network,
     /// The number of that network in its [`Snapshot`].
     pub(super) rules: u64,
+    /// Its key had expired: it knew itself only.
+    pub(super) expired: bool,
 }
 
 impl Before {
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
-        Self { network: snapshot.network.clone(), rules: snapshot.rules }
+    pub(super) fn of(snapshot: &Snapshot, viewer: NodeId) -> Self {
+        Self {
+            network: snapshot.network.clone(),
+            rules: snapshot.rules,
+            expired: snapshot.has_expired(viewer),
+        }
+    }
+
+    /// Does it say the same of `viewer` as that snapshot would?
+    pub(super) fn is_of(&self, snapshot: &Snapshot, viewer: NodeId) -> bool {
+        self.rules == snapshot.rules && self.expired == snapshot.has_expired(viewer)
     }
 }
 
@@ -45,6 +56,9 @@ impl Owed {
         snapshot: &Snapshot,
         viewer: NodeId,
     ) -> Option<Self> {
+        if snapshot.has_expired(viewer) {
+            return Self::of_expired(changes, before, viewer);
+        }
         let network = &snapshot.network;
         let mut changed: BTreeSet<NodeId> = BTreeSet::new();
         let mut removed: BTreeSet<NodeId> = BTreeSet::new();
@@ -103,6 +117,21 @@ impl Owed {
             filter,
             ssh,
             itself,
+        })
+    }
+
+    /// What a viewer is sent whose key has expired: at that moment that it has neither peers nor rules any more, and
+    /// from then on only what changes of itself.
+    fn of_expired(changes: &[Change], before: &Before, viewer: NodeId) -> Option<Self> {
+        let ends = !before.expired;
+        let own = |change: &Change| matches!(change, Change::Node { node, what } if *node == viewer && !matches!(what, What::Patch(_)));
+        (ends || changes.iter().any(own)).then(|| Self {
+            changed: Vec::new(),
+            removed: if ends { before.network.peers(viewer).collect() } else { Vec::new() },
+            patched: Vec::new(),
+            filter: ends.then(Vec::new),
+            ssh: ends.then(Vec::new),
+            itself: true,
         })
     }
 }

@@ -80,7 +80,7 @@ impl Core {
             compression,
             cursor: 0,
             head: tailnet.watch(),
-            before: Before::of(&tailnet.snapshot()),
+            before: Before::of(&tailnet.snapshot(), node.id),
             questions,
             token: self.0.token.clone(),
         };
@@ -120,12 +120,22 @@ impl Subscription {
     fn whole(&mut self, whole: Whole) -> Result<Option<Bytes>, mapframe::Error> {
         let snapshot = self.tailnet.snapshot();
         self.cursor = snapshot.head;
-        self.before = Before::of(&snapshot);
+        self.before = Before::of(&snapshot, self.node);
         let Some(node) = snapshot.node(self.node).filter(|node| node.node_key == self.node_key) else {
             return Ok(None);
         };
         self.core.0.frames.inc();
         frames::whole(&self.tailnet.settings, &snapshot, node, whole, self.compression).map(Some)
+    }
+
+    /// Everything once more, in the middle of the stream; `None` where the stream must end instead: clients take a list
+    /// without peers for "as before", so that there are none any more only a new stream says.
+    fn again(&mut self) -> Result<Option<Bytes>, mapframe::Error> {
+        let snapshot = self.tailnet.snapshot();
+        if snapshot.has_expired(self.node) || snapshot.network.peers(self.node).next().is_none() {
+            return Ok(None);
+        }
+        self.whole(Whole::Again)
     }
 
     /// Waits for something to tell. May be cancelled at any await without losing anything.
@@ -148,14 +158,17 @@ impl Subscription {
                 () = self.token.cancelled() => return Ok(Next::End),
             }
             let frame = match self.tailnet.since(self.cursor) {
-                // Clients take a list without peers for "as before": where all have gone, only a new stream says so.
-                Since::Lost if self.tailnet.snapshot().network.peers(self.node).next().is_none() => {
-                    return Ok(Next::End);
-                }
-                Since::Lost => match self.whole(Whole::Again)? {
+                Since::Lost => match self.again()? {
                     Some(frame) => Some(frame),
                     None => return Ok(Next::End),
                 },
+                // It signed in again: everything is new to it.
+                Since::Changes(_, snapshot) if self.before.expired && !snapshot.has_expired(self.node) => {
+                    match self.again()? {
+                        Some(frame) => Some(frame),
+                        None => return Ok(Next::End),
+                    }
+                }
                 Since::Changes(changes, snapshot) => {
                     self.cursor = snapshot.head;
                     if snapshot.node(self.node).is_none_or(|node| node.node_key != self.node_key) {
@@ -171,8 +184,8 @@ impl Subscription {
                         self.node,
                         self.compression,
                     )?;
-                    if self.before.rules != snapshot.rules {
-                        self.before = Before::of(&snapshot);
+                    if !self.before.is_of(&snapshot, self.node) {
+                        self.before = Before::of(&snapshot, self.node);
                     }
                     frame
                 }

@@ -104,8 +104,8 @@ impl Core {
     ) -> Result<Option<Value>, getrandom::Error> {
         let mine = |tailnet: &&Arc<Tailnet>| {
             let snapshot = tailnet.snapshot();
-            let own = snapshot.node(to).is_some_and(|node| node.machine_key == *machine);
-            own && snapshot.node(from).is_some()
+            let own = snapshot.node(to).is_some_and(|node| node.machine_key == *machine && !node.expired);
+            own && snapshot.node(from).is_some_and(|node| !node.expired)
         };
         let Some(tailnet) = self.tailnets().find(mine) else { return Ok(None) };
         let session = Session { from, to, user: user.to_owned() };

@@ -45,6 +45,11 @@ impl Snapshot {
         self.nodes.binary_search_by_key(&id, |node| node.id).ok().map(|at| &self.nodes[at])
     }
 
+    /// Is this a node whose key has expired?
+    pub fn has_expired(&self, id: NodeId) -> bool {
+        self.node(id).is_some_and(|node| node.expired)
+    }
+
     /// The profile of the user that a node is shown under.
     pub fn profile(&self, user: Option<UserId>) -> UserProfile {
         match user.and_then(|id| self.users.get(&id)) {
