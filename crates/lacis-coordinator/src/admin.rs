@@ -44,7 +44,9 @@ impl From<AdminError> for Failure {
             AdminError::NotFound { what, .. } => {
                 (StatusCode::NOT_FOUND, Some(format!("`lacis admin {what}s list` shows what there is")))
             }
-            AdminError::Ambiguous { .. } => (StatusCode::CONFLICT, Some("use the id".to_owned())),
+            AdminError::NumberNotId { fqdn, id, .. } => {
+                (StatusCode::CONFLICT, Some(format!("a number is taken for an id: use {id} or {fqdn}")))
+            }
             AdminError::Exists { .. } => (StatusCode::CONFLICT, Some("choose another name".to_owned())),
             AdminError::HasNodes { name, .. } => (
                 StatusCode::CONFLICT,

@@ -10,7 +10,6 @@ use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::registration::Refused;
-use super::tags::is_tag;
 use super::tailnet::{Tailnet, What};
 use super::{Core, auth_key, names, now, routes};
 use crate::store::{self, AuthKeyRow, Write};
@@ -25,8 +24,8 @@ const MAX_LIFETIME_SECONDS: u64 = 100 * 365 * 24 * 3600;
 pub enum AdminError {
     #[error("there is no {what} {name:?}")]
     NotFound { what: &'static str, name: String },
-    #[error("{name:?} is the name of several {what}")]
-    Ambiguous { what: &'static str, name: String },
+    #[error("no node has the id {number}; there is a node of this name, {fqdn}, with the id {id}")]
+    NumberNotId { number: String, id: NodeId, fqdn: String },
     #[error("the {what} {name:?} exists already")]
     Exists { what: &'static str, name: String },
     #[error("the user {name:?} still has {nodes} nodes")]
@@ -91,8 +90,11 @@ impl Core {
     /// Makes an auth key. Only this answer has it.
     ///
     /// # Errors
-    /// When it is for nobody or for both a user and tags, or cannot be stored.
+    /// When it is for nobody or for both a user and tags, a tag could not be given to a node either, or it cannot be
+    /// stored.
     pub async fn create_key(&self, tailnet: &Tailnet, wish: &CreateKey) -> Result<CreatedKey, AdminError> {
+        // A user who is deleted at the same time has the key deleted with them.
+        let _users = tailnet.users_turn.lock().await;
         let user = match (&wish.user, wish.tags.as_slice()) {
             (Some(name), []) => {
                 Some(tailnet.snapshot().user_named(name).ok_or_else(|| not_found("user", name))?.id.0)
@@ -100,9 +102,7 @@ impl Core {
             (None, [_, ..]) => None,
             (Some(_), [_, ..]) | (None, []) => return Err(AdminError::UserOrTags),
         };
-        if let Some(bad) = wish.tags.iter().find(|tag| !is_tag(tag)) {
-            return Err(AdminError::BadTag(display_text(bad)));
-        }
+        let tags = tailnet.known_tags(&wish.tags)?;
         let key = auth_key::generate()?;
         let created = now();
         let lifetime = wish.expiry_seconds.unwrap_or(KEY_LIFETIME_SECONDS).min(MAX_LIFETIME_SECONDS);
@@ -111,7 +111,7 @@ impl Core {
             tailnet: tailnet.settings.name.clone(),
             hash: key.hash,
             user,
-            tags: wish.tags.clone(),
+            tags,
             reusable: wish.reusable,
             ephemeral: wish.ephemeral,
             used: false,
@@ -155,20 +155,29 @@ impl Core {
         snapshot.nodes.iter().map(|node| node_info(tailnet, node)).collect()
     }
 
-    /// The node that somebody means by an id, a name or an address.
+    /// The node of an id, a name or an address. A number is always an id: an administrator who repeats a command about
+    /// a node that is gone by then must not hit another whose host is called so.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is none; when a number is no node's id and a node's name.
     pub fn node_meant(&self, tailnet: &Tailnet, meant: &str) -> Result<Arc<NodeRecord>, AdminError> {
         let snapshot = tailnet.snapshot();
         let name = meant.trim_end_matches('.').to_ascii_lowercase();
-        let name = name.strip_suffix(&format!(".{}", tailnet.settings.domain)).unwrap_or(&name);
+        let label = name.strip_suffix(&format!(".{}", tailnet.settings.domain)).unwrap_or(&name);
         let found = if let Ok(address) = meant.parse::<IpAddr>() {
             snapshot.nodes.iter().find(|node| node.addresses().contains(&address))
         } else {
-            // A name may look like a number: names come first.
-            let by_name = snapshot.nodes.iter().find(|node| node.name == name);
-            by_name.or_else(|| snapshot.node(NodeId(meant.parse().ok()?)))
+            let named = snapshot.nodes.iter().find(|node| node.name == label);
+            match (label == name).then(|| number(&name)).flatten() {
+                Some(id) => match (snapshot.node(id), named) {
+                    (None, Some(named)) => {
+                        let fqdn = format!("{}.{}", named.name, tailnet.settings.domain);
+                        return Err(AdminError::NumberNotId { number: name, id: named.id, fqdn });
+                    }
+                    (by_id, _) => by_id,
+                },
+                None => named,
+            }
         };
         found.cloned().ok_or_else(|| not_found("node", meant))
     }
@@ -238,6 +247,11 @@ impl Core {
             self.approve(id, tailnet, user).await?.ok_or_else(|| not_found("registration", id))?;
         Ok(node_info(&tailnet, &node))
     }
+}
+
+/// The id that this is, in the one way that ids are written.
+fn number(text: &str) -> Option<NodeId> {
+    text.parse().ok().filter(|id: &i64| id.to_string() == text).map(NodeId)
 }
 
 pub(super) fn not_found(what: &'static str, name: &str) -> AdminError {
