@@ -9,6 +9,32 @@ use lacis_wire::control::display_text;
 const LABEL: usize = 63;
 /// What a host without a usable name is called.
 const FALLBACK: &str = "node";
+/// Names that programs look up by themselves, and in the domains they search: a node with such a name would be taken for
+/// this host, or for where a proxy, a gateway or a mailbox is configured.
+const RESERVED: [&str; 16] = [
+    // This host and its neighbours, as hosts files have them.
+    "localhost",
+    "localhost4",
+    "localhost6",
+    "localdomain",
+    "local",
+    "broadcasthost",
+    // What Windows asks for (its DNS servers have a block list for the first two).
+    "wpad",
+    "isatap",
+    "teredo",
+    // Mail and telephony.
+    "autodiscover",
+    "autoconfig",
+    "lyncdiscover",
+    "lyncdiscoverinternal",
+    "mta-sts",
+    "openpgpkey",
+    // Clouds' machines ask it for their secrets.
+    "metadata",
+];
+/// `ip6-localhost`, `ip6-allnodes` and the others of hosts files.
+const RESERVED_PREFIX: &str = "ip6-";
 /// Suffixes that machines carry at home and that say nothing.
 const LOCAL_SUFFIXES: [&str; 3] = [".local", ".localdomain", ".lan"];
 
@@ -34,8 +60,17 @@ pub fn label(hostname: &str) -> String {
     if label.is_empty() { FALLBACK.to_owned() } else { label }
 }
 
-/// `label`, or with the first free number behind it.
+/// May no node have this name?
+pub fn is_reserved(name: &str) -> bool {
+    name.starts_with(RESERVED_PREFIX) || RESERVED.contains(&name)
+}
+
+/// `label`, or with the first free number behind it. A reserved one gets another beginning.
 pub fn free(label: &str, taken: impl Fn(&str) -> bool) -> String {
+    if is_reserved(label) {
+        let label = format!("{FALLBACK}-{label}");
+        return free(label[..label.len().min(LABEL)].trim_end_matches('-'), taken);
+    }
     if !taken(label) {
         return label.to_owned();
     }
@@ -55,6 +90,8 @@ pub fn free(label: &str, taken: impl Fn(&str) -> bool) -> String {
 pub enum BadName {
     #[error("{name:?} is not a DNS label: use letters, digits and inner hyphens, at most 63")]
     NoLabel { name: String },
+    #[error("{name:?} is a name that programs look up by themselves, so no node can have it: choose another")]
+    Reserved { name: String },
     #[error("{name}.{domain} is longer than 255 characters")]
     TooLong { name: String, domain: String },
 }
@@ -62,7 +99,7 @@ pub enum BadName {
 /// Checks a name that somebody chose.
 ///
 /// # Errors
-/// When it is no DNS label, or too long with the network's domain.
+/// When it is no DNS label, reserved, or too long with the network's domain.
 pub fn check(name: &str, domain: &str) -> Result<String, BadName> {
     let lower = name.to_ascii_lowercase();
     let inner = |c: char| c.is_ascii_alphanumeric() || c == '-';
@@ -72,6 +109,9 @@ pub fn check(name: &str, domain: &str) -> Result<String, BadName> {
         && !lower.ends_with('-');
     if !good {
         return Err(BadName::NoLabel { name: display_text(name) });
+    }
+    if is_reserved(&lower) {
+        return Err(BadName::Reserved { name: lower });
     }
     if lower.len() + domain.len() + 2 > 255 {
         return Err(BadName::TooLong { name: lower, domain: domain.to_owned() });
@@ -111,6 +151,24 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_programs_look_up_by_themselves_is_no_node() {
+        for (hostname, expected) in [
+            ("WPAD", "node-wpad"),
+            ("localhost", "node-localhost"),
+            ("localhost.localdomain", "node-localhost"),
+            ("ip6-allnodes", "node-ip6-allnodes"),
+            ("isatap.lan", "node-isatap"),
+            ("wpad2", "wpad2"),
+        ] {
+            assert_eq!(free(&label(hostname), |_| false), expected, "{hostname}");
+        }
+        assert_eq!(free("wpad", |name| name == "node-wpad"), "node-wpad-1");
+        for bad in ["wpad", "Localhost", "broadcasthost", "ip6-anything"] {
+            assert!(matches!(check(bad, "lab.example.org"), Err(BadName::Reserved { .. })), "{bad}");
+        }
+    }
+
+    #[test]
     fn a_chosen_name_must_be_a_label() {
         assert_eq!(check("Web", "lab.example.org").unwrap(), "web");
         for bad in ["", "-a", "a-", "a.b", "ä", &"a".repeat(64)] {
@@ -121,7 +179,16 @@ mod tests {
     proptest! {
         #[test]
         fn every_host_name_becomes_a_valid_label(hostname in "\\PC{0,100}") {
-            prop_assert!(check(&label(&hostname), "lab.example.org").is_ok(), "{}", label(&hostname));
+            let name = free(&label(&hostname), |_| false);
+            prop_assert!(check(&name, "lab.example.org").is_ok(), "{name}");
+        }
+
+        #[test]
+        fn no_host_name_makes_a_reserved_one(which in 0..RESERVED.len(), prefix in "(ip6-)?", rest in "[a-zA-Z0-9 ._-]{0,70}") {
+            for hostname in [format!("{prefix}{rest}"), format!("{prefix}{}{rest}", RESERVED[which])] {
+                let name = free(&label(&hostname), |_| false);
+                prop_assert!(check(&name, "lab.example.org").is_ok(), "{name}");
+            }
         }
     }
 }

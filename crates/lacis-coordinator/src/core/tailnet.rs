@@ -183,7 +183,8 @@ impl Tailnet {
         // same one in the database. One that an administrator gave stays.
         nodes.sort_by_key(|node| (!node.name_is_given, node.id));
         for node in &mut nodes {
-            if state.names.contains_key(&node.name) {
+            // And an older version gave names that no node may have.
+            if names::is_reserved(&node.name) || state.names.contains_key(&node.name) {
                 node.name = names::free(&node.name, |name| state.names.contains_key(name));
                 state.dirty.insert(node.id);
             }
@@ -362,6 +363,15 @@ pub(super) mod tests {
         let network = network(vec![node(1, "a"), NodeRecord { name_is_given: true, ..node(2, "a") }]);
         let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
         assert_eq!(names, ["a-1", "a"]);
+    }
+
+    #[test]
+    fn a_name_that_programs_look_up_by_themselves_is_not_kept_from_an_older_version() {
+        let network =
+            network(vec![node(1, "wpad"), NodeRecord { name_is_given: true, ..node(2, "ip6-allnodes") }]);
+        let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
+        assert_eq!(names, ["node-wpad", "node-ip6-allnodes"]);
+        assert_eq!(network.lock().state.dirty, [NodeId(1), NodeId(2)].into());
     }
 
     #[test]
