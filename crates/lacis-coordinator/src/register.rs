@@ -70,13 +70,15 @@ async fn decide(
         let joined = to_the_end(async move { core.register_with_key(applicant, &key).await }).await?;
         return Ok(success(&joined));
     }
-    if !request.followup.is_empty() {
-        core.wait_for_approval(&request.followup, &session.machine).await;
-        if let Some(member) = core.find_for(&request.node_key, &session.machine) {
+    // This may last for minutes, and anybody may wait: only what a registration keeps anyway is held meanwhile.
+    let (followup, applicant) = (request.followup, applicant.without_host_facts());
+    if !followup.is_empty() {
+        core.wait_for_approval(&followup, &session.machine).await;
+        if let Some(member) = core.find_for(&applicant.node_key, &session.machine) {
             return Ok(success(&member));
         }
     }
-    let auth_url = core.begin_interactive(applicant)?;
+    let auth_url = core.begin_interactive(applicant, session.remote.ip())?;
     Ok(RegisterResponse { auth_url, ..RegisterResponse::default() })
 }
 

@@ -221,11 +221,11 @@ fn merge(into: &mut PeerChange, from: &PeerChange) {
 }
 
 /// What the patches of each of these nodes amount to, where that is anything.
-fn patches(changes: &[Change], nodes: &[NodeId]) -> Vec<PeerChange> {
+fn patches(changes: &[Arc<Change>], nodes: &[NodeId]) -> Vec<PeerChange> {
     let mut sums: BTreeMap<NodeId, PeerChange> =
         nodes.iter().map(|id| (*id, PeerChange { node_id: *id, ..PeerChange::default() })).collect();
     for change in changes {
-        if let Change::Node { node, what: What::Patch(patch) | What::PatchAndSelf(patch) } = change
+        if let Change::Node { node, what: What::Patch(patch) | What::PatchAndSelf(patch) } = &**change
             && let Some(sum) = sums.get_mut(node)
         {
             merge(sum, patch);
@@ -240,7 +240,7 @@ fn patches(changes: &[Change], nodes: &[NodeId]) -> Vec<PeerChange> {
 pub(super) fn delta(
     settings: &Settings,
     cache: &FrameCache,
-    changes: &[Change],
+    changes: &[Arc<Change>],
     before: &Before,
     snapshot: &Snapshot,
     viewer: NodeId,

@@ -2,6 +2,7 @@
 //! what of its own is new. Two viewers that are owed the same are sent the same bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use lacis_policy::{Network, SshRule};
 use lacis_wire::control::{FilterRule, NodeId, PeerChange};
@@ -51,7 +52,7 @@ pub(super) struct Owed {
 impl Owed {
     /// What `viewer` is to be told of these changes, the last of which made `snapshot`; `None` for nothing.
     pub(super) fn find(
-        changes: &[Change],
+        changes: &[Arc<Change>],
         before: &Before,
         snapshot: &Snapshot,
         viewer: NodeId,
@@ -66,7 +67,7 @@ impl Owed {
         let mut touched: BTreeMap<NodeId, bool> = BTreeMap::new();
         let mut itself = false;
         for change in changes {
-            let Change::Node { node, what } = change else { continue };
+            let Change::Node { node, what } = &**change else { continue };
             if *node == viewer {
                 itself |= !matches!(what, What::Patch(_));
                 continue;

@@ -19,11 +19,16 @@ use super::tailnet::{Snapshot, State, Tailnet, What};
 /// within four seconds.
 const SILENCE: Duration = Duration::from_millis(2500);
 
+/// Map streams that a node can have open: one, and those whose end nobody has noticed yet. A further one ends the oldest.
+pub(super) const MAX_STREAMS: u64 = 8;
+
 /// A node with open map streams.
 #[derive(Debug)]
 pub struct Presence {
     /// How many there are.
     pub streams: usize,
+    /// The number of the last one that was opened.
+    last_stream: watch::Sender<u64>,
     /// The number of the last question.
     question: watch::Sender<u64>,
     /// It has answered one: some clients never do, and are not judged by it.
@@ -34,11 +39,26 @@ pub struct Presence {
 
 impl Default for Presence {
     fn default() -> Self {
-        Self { streams: 0, question: watch::Sender::new(0), answers: false, due: None }
+        Self {
+            streams: 0,
+            last_stream: watch::Sender::new(0),
+            question: watch::Sender::new(0),
+            answers: false,
+            due: None,
+        }
     }
 }
 
 impl Presence {
+    /// Counts a new stream, and gives its number and where the number of the latest can be read.
+    pub(super) fn open(&mut self) -> (u64, watch::Receiver<u64>) {
+        self.streams += 1;
+        self.last_stream.send_modify(|number| *number += 1);
+        let latest = self.last_stream.subscribe();
+        let number = *latest.borrow();
+        (number, latest)
+    }
+
     /// Changes when the node's streams are to ask.
     pub fn questions(&self) -> watch::Receiver<u64> {
         self.question.subscribe()

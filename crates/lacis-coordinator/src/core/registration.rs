@@ -1,15 +1,17 @@
 //! How a node joins, comes back, changes its key and leaves (control-protocol dossier, sections 5.3 and 5.4).
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lacis_wire::control::{Hostinfo, UserId};
 use lacis_wire::key::{MachineKey, NodeKey};
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
-use super::{Core, auth_key, names, now, rules};
+use super::update::Report;
+use super::{Core, auth_key, names, now, pending, rules};
 use crate::store::{self, AuthKeyRow, NodeFacts, NodeRow, Write};
 
 /// Why a node may not join. The texts are those that users know from other servers of this protocol.
@@ -54,6 +56,13 @@ pub struct Applicant {
     pub version: u16,
     /// It asked for its key to expire by then.
     pub expiry: Option<i64>,
+}
+
+impl Applicant {
+    /// The same with only so much of its host as is kept while it waits for an administrator.
+    pub fn without_host_facts(self) -> Self {
+        Self { hostinfo: pending::summary(self.hostinfo), ..self }
+    }
 }
 
 /// On whose behalf a node joins.
@@ -166,14 +175,14 @@ impl Core {
         Ok(Some(member))
     }
 
-    /// The URL of the page where somebody decides about this node.
+    /// The URL of the page where an administrator decides about this node, which came from `address`.
     ///
     /// # Errors
     /// When the system has no randomness.
-    pub fn begin_interactive(&self, applicant: Applicant) -> Result<String, Refused> {
+    pub fn begin_interactive(&self, applicant: Applicant, address: IpAddr) -> Result<String, Refused> {
         self.check_key_owner(&applicant)?;
         let Applicant { machine, node_key, hostinfo, version, .. } = applicant;
-        let id = self.0.pending.add(machine, node_key, hostinfo, version, now())?;
+        let id = self.0.pending.add(machine, node_key, hostinfo, version, address, now())?;
         Ok(format!("{}/register/{id}", self.0.config.server_url))
     }
 
@@ -258,17 +267,10 @@ impl Core {
         self.0.registrations.inc();
         let mut locked = tailnet.lock();
         locked.state.stay(node.id);
-        let snapshot = locked.snapshot();
-        let current = snapshot.node(node.id).map_or_else(|| Arc::new(node.clone()), Arc::clone);
-        let hostinfo = merged(&current.hostinfo, applicant.hostinfo);
-        if hostinfo == *current.hostinfo {
-            return (Arc::clone(tailnet), current);
-        }
-        let name = follow_name(&mut locked.state.names, &current, &hostinfo.hostname);
-        let node = NodeRecord { hostinfo: Arc::new(hostinfo), name, ..(*current).clone() };
-        locked.state.dirty.insert(node.id);
-        let node = locked.put(node, What::Whole);
-        (Arc::clone(tailnet), node)
+        let report = Report { hostinfo: Some(applicant.hostinfo), ..Report::default() };
+        locked.report(node.id, report, Instant::now());
+        let current = locked.snapshot().node(node.id).map_or_else(|| Arc::new(node.clone()), Arc::clone);
+        (Arc::clone(tailnet), current)
     }
 
     fn expiry(&self, identity: &Identity, asked: Option<i64>) -> Option<i64> {
@@ -377,6 +379,7 @@ impl Core {
                 locked.put(node, What::Whole)
             }
         };
+        tailnet.lock().registered(node.id, Instant::now());
         self.0.registrations.inc();
         tracing::info!(tailnet = tailnet.settings.name, node = node.name, id = node.id.0, "registered");
         Ok((Arc::clone(tailnet), node))

@@ -33,6 +33,9 @@ pub struct Subscription {
     before: Before,
     /// Whether the client is still there.
     questions: watch::Receiver<u64>,
+    /// Among the node's streams, with the number of the latest.
+    number: u64,
+    latest: watch::Receiver<u64>,
     token: CancellationToken,
 }
 
@@ -67,7 +70,7 @@ impl Core {
     ) -> Result<Option<(Subscription, Bytes)>, mapframe::Error> {
         let mut locked = tailnet.lock();
         let presence = locked.state.sessions.entry(node.id).or_default();
-        presence.streams += 1;
+        let (number, latest) = presence.open();
         let questions = presence.questions();
         locked.state.leaving.remove(&node.id);
         self.0.streams.inc();
@@ -82,6 +85,8 @@ impl Core {
             head: tailnet.watch(),
             before: Before::of(&tailnet.snapshot(), node.id),
             questions,
+            number,
+            latest,
             token: self.0.token.clone(),
         };
         let current = locked.snapshot().node(node.id).filter(|now| now.node_key == node.node_key).cloned();
@@ -144,7 +149,7 @@ impl Subscription {
     /// When a frame cannot be encoded.
     pub async fn next(&mut self) -> Result<Next, mapframe::Error> {
         loop {
-            let head = self.cursor;
+            let (head, successor) = (self.cursor, self.number + presence::MAX_STREAMS);
             tokio::select! {
                 changed = self.head.wait_for(|now| *now > head) => {
                     if changed.is_err() {
@@ -155,6 +160,7 @@ impl Subscription {
                     let question = presence::question(&self.tailnet.settings.server_url, self.node, number);
                     return mapframe::encode(&to_json(&question), self.compression).map(Next::Frame);
                 }
+                _ = self.latest.wait_for(|latest| *latest >= successor) => return Ok(Next::End),
                 () = self.token.cancelled() => return Ok(Next::End),
             }
             let frame = match self.tailnet.since(self.cursor) {

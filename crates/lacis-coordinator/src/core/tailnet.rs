@@ -6,6 +6,7 @@
 //! is encoded once (`frames`). A listener that fell behind the log begins anew.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -21,10 +22,13 @@ use super::frames::FrameCache;
 use super::policy::{PolicySource, PolicyState};
 use super::presence::Presence;
 use super::record::{NodeRecord, TAGGED_USER, UserRecord, tagged_profile};
+use super::update::Reports;
 use super::{names, now, rules};
 
 /// Changes that the log remembers: a listener further behind is sent everything.
-const LOG: usize = 2048;
+const MAX_LOG_CHANGES: usize = 2048;
+/// The same in bytes, as [`Change::size`] counts them.
+const MAX_LOG_BYTES: usize = 4 << 20;
 
 /// Everything of a network at one moment.
 #[derive(Clone, Debug)]
@@ -101,6 +105,37 @@ pub enum Change {
     Rules,
 }
 
+impl Change {
+    /// Bytes that it takes in the log, roughly.
+    fn size(&self) -> usize {
+        let endpoints = match self {
+            Self::Node { what: What::Patch(patch) | What::PatchAndSelf(patch), .. } => {
+                patch.endpoints.as_ref().map_or(0, Vec::len)
+            }
+            Self::Node { what: What::Whole | What::Removed, .. } | Self::Rules => 0,
+        };
+        size_of::<Self>() + endpoints * size_of::<SocketAddr>()
+    }
+}
+
+/// The latest changes, oldest first, shared with those who read them.
+#[derive(Debug, Default)]
+struct Log {
+    changes: VecDeque<Arc<Change>>,
+    bytes: usize,
+}
+
+impl Log {
+    fn push(&mut self, change: Change) {
+        self.bytes += change.size();
+        self.changes.push_back(Arc::new(change));
+        while self.changes.len() > MAX_LOG_CHANGES || self.bytes > MAX_LOG_BYTES {
+            let Some(oldest) = self.changes.pop_front() else { return };
+            self.bytes -= oldest.size();
+        }
+    }
+}
+
 /// What never changes while the program runs.
 #[derive(Debug)]
 pub struct Settings {
@@ -126,6 +161,8 @@ pub struct State {
     pub leaving: HashMap<NodeId, i64>,
     /// Nodes whose facts in the database are older than these.
     pub dirty: HashSet<NodeId>,
+    /// How often nodes have reported changes of themselves lately.
+    pub(super) reports: HashMap<NodeId, Reports>,
 }
 
 impl State {
@@ -144,7 +181,7 @@ pub struct Tailnet {
     state: Mutex<State>,
     current: ArcSwap<Snapshot>,
     /// Its lock is held for moments only: listeners need not wait while a change is worked out under the state's.
-    log: Mutex<VecDeque<Change>>,
+    log: Mutex<Log>,
     head: watch::Sender<u64>,
     pub(super) policy: Mutex<PolicyState>,
     /// Policies are set one after another.
@@ -166,7 +203,7 @@ pub struct Editing<'a> {
 /// What came since a listener last looked.
 #[derive(Debug)]
 pub enum Since {
-    Changes(Vec<Change>, Arc<Snapshot>),
+    Changes(Vec<Arc<Change>>, Arc<Snapshot>),
     /// The log no longer reaches back that far.
     Lost,
 }
@@ -234,10 +271,10 @@ impl Tailnet {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let snapshot = self.snapshot();
         let behind = snapshot.head.saturating_sub(cursor) as usize;
-        if behind > log.len() {
+        if behind > log.changes.len() {
             return Since::Lost;
         }
-        Since::Changes(log.iter().skip(log.len() - behind).cloned().collect(), snapshot)
+        Since::Changes(log.changes.iter().skip(log.changes.len() - behind).cloned().collect(), snapshot)
     }
 }
 
@@ -253,10 +290,7 @@ impl Editing<'_> {
         let head = next.head;
         let mut log = self.tailnet.log.lock().unwrap_or_else(PoisonError::into_inner);
         self.tailnet.current.store(Arc::new(next));
-        if log.len() == LOG {
-            log.pop_front();
-        }
-        log.push_back(change);
+        log.push(change);
         drop(log);
         self.tailnet.head.send_replace(head);
     }
@@ -292,6 +326,7 @@ impl Editing<'_> {
         self.state.sessions.remove(&id);
         self.state.leaving.remove(&id);
         self.state.dirty.remove(&id);
+        self.state.reports.remove(&id);
         self.publish(Change::Node { node: id, what: What::Removed }, |next| {
             next.nodes.retain(|node| node.id != id);
             next.rule(next.network.without_node(id));
@@ -372,6 +407,36 @@ pub(super) mod tests {
         let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
         assert_eq!(names, ["node-wpad", "node-ip6-allnodes"]);
         assert_eq!(network.lock().state.dirty, [NodeId(1), NodeId(2)].into());
+    }
+
+    #[test]
+    fn the_log_is_bounded_by_changes_and_by_bytes_and_readers_share_it() {
+        let network = network(vec![node(1, "a")]);
+        let patch = |endpoints: usize| PeerChange {
+            endpoints: Some(vec!["192.0.2.1:1".parse().unwrap(); endpoints]),
+            ..PeerChange::default()
+        };
+        let change = |endpoints| {
+            let node = (*network.snapshot().nodes[0]).clone();
+            network.lock().put(node, What::Patch(patch(endpoints)));
+        };
+        for _ in 0..MAX_LOG_CHANGES + 1 {
+            change(1);
+        }
+        let length = || network.log.lock().unwrap().changes.len();
+        assert_eq!(length(), MAX_LOG_CHANGES);
+        for _ in 0..MAX_LOG_CHANGES {
+            change(10_000);
+        }
+        let bytes = network.log.lock().unwrap().bytes;
+        assert!(bytes <= MAX_LOG_BYTES && length() < 20, "{bytes} {}", length());
+        assert!(matches!(network.since(1), Since::Lost));
+        let last = network.snapshot().head - 1;
+        let (Since::Changes(one, _), Since::Changes(two, _)) = (network.since(last), network.since(last))
+        else {
+            panic!("the last change is in the log");
+        };
+        assert!(Arc::ptr_eq(&one[0], &two[0]));
     }
 
     #[test]
