@@ -4,18 +4,23 @@
 //! replaced, changed, removed and patched, packet filters are named. [`NetMap`] is what the rest of the daemon works
 //! with; [`Changes`] says which parts of it must be looked at again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use lacis_wire::control::{
-    DerpMap, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange, UserId, UserProfile,
+    DerpMap, DnsConfig, FilterRule, Lenient, MAX_ELEMENTS, MapResponse, Node, NodeId, PeerChange, Unreadable,
+    UserId, UserProfile,
 };
 use lacis_wire::key::{DiscoKey, NodeKey};
 use time::OffsetDateTime;
 
 /// The name under which the old form of a whole filter is kept.
 const BASE_FILTER: &str = "base";
+/// Named packet filters that are kept. Of a further one nothing is allowed.
+const MAX_FILTERS: usize = 1024;
+/// Unreadable things of a stream that are warned of, each once.
+const MAX_WARNINGS: usize = 64;
 
 /// One state of the network. Cheap to clone.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,7 +76,10 @@ impl NetMap {
             dns_config: Some((*self.dns).clone()),
             domain: self.domain.clone(),
             packet_filters: Some(
-                self.filters.iter().map(|(name, rules)| (name.clone(), Some((**rules).clone()))).collect(),
+                self.filters
+                    .iter()
+                    .map(|(name, rules)| (name.clone(), Some((**rules).clone().into())))
+                    .collect(),
             ),
             user_profiles: self.profiles.values().cloned().collect(),
             ..MapResponse::default()
@@ -120,6 +128,8 @@ pub(crate) enum BadStream {
 #[derive(Debug, Default)]
 pub(crate) struct Session {
     map: Option<NetMap>,
+    /// What has been warned of.
+    warned: BTreeSet<String>,
     /// The server's clock minus ours, when the server told it.
     pub clock_offset: time::Duration,
 }
@@ -143,6 +153,9 @@ impl Session {
             return Ok(Changes::default());
         }
         let mut changes = Changes::default();
+        for (what, unreadable) in unreadable(&frame) {
+            self.warn(what, unreadable);
+        }
         let map = match &mut self.map {
             Some(map) => map,
             None => {
@@ -181,14 +194,22 @@ impl Session {
         }
         changes.filters |= apply_filters(&mut map.filters, frame.packet_filter, frame.packet_filters);
         for profile in frame.user_profiles {
-            changes.other |= map.profiles.get(&profile.id) != Some(&profile);
-            map.profiles.insert(profile.id, profile);
+            if map.profiles.len() < MAX_ELEMENTS || map.profiles.contains_key(&profile.id) {
+                changes.other |= map.profiles.get(&profile.id) != Some(&profile);
+                map.profiles.insert(profile.id, profile);
+            }
         }
         if let Some(health) = frame.health {
             changes.other |= map.health != health;
             map.health = health;
         }
-        if frame.peers.is_empty() {
+        if frame.peers.is_blank() {
+            // What is known of a peer whose news cannot be read may no longer hold: its key, its rights.
+            let unreadable =
+                frame.peers_changed.unreadable.iter().chain(&frame.peers_changed_patch.unreadable);
+            for id in unreadable.filter_map(|peer| peer.id) {
+                changes.peers |= map.peers.remove(&NodeId(id)).is_some();
+            }
             for node in frame.peers_changed {
                 put_peer(&mut map.peers, node, &mut changes);
             }
@@ -215,6 +236,25 @@ impl Session {
         }
         Ok(changes)
     }
+
+    /// Once for each on a stream.
+    fn warn(&mut self, what: &'static str, unreadable: &Unreadable) {
+        let text = format!("{what} {unreadable}");
+        if self.warned.len() < MAX_WARNINGS && self.warned.insert(text) {
+            tracing::warn!(what, %unreadable, "a part of the network map cannot be read and is left out");
+        }
+    }
+}
+
+fn unreadable(frame: &MapResponse) -> impl Iterator<Item = (&'static str, &Unreadable)> {
+    let peers = [&frame.peers, &frame.peers_changed].into_iter().flat_map(|list| &list.unreadable);
+    let filters =
+        frame.packet_filters.iter().flat_map(BTreeMap::values).flatten().chain(&frame.packet_filter);
+    peers
+        .map(|peer| ("peer", peer))
+        .chain(frame.peers_changed_patch.unreadable.iter().map(|patch| ("change of a peer", patch)))
+        .chain(filters.flat_map(|rules| &rules.unreadable).map(|rule| ("rule of the packet filter", rule)))
+        .chain(frame.user_profiles.unreadable.iter().map(|user| ("user", user)))
 }
 
 fn replace<T: PartialEq>(old: &mut Arc<T>, new: T) -> bool {
@@ -238,8 +278,10 @@ fn normalised(mut node: Node) -> Node {
 fn put_peer(peers: &mut BTreeMap<NodeId, Arc<Node>>, node: Node, changes: &mut Changes) {
     let node = normalised(node);
     let Some(old) = peers.get_mut(&node.id) else {
-        changes.peers = true;
-        peers.insert(node.id, Arc::new(node));
+        if peers.len() < MAX_ELEMENTS {
+            changes.peers = true;
+            peers.insert(node.id, Arc::new(node));
+        }
         return;
     };
     if **old == node {
@@ -303,12 +345,12 @@ fn patch_peer(peers: &mut BTreeMap<NodeId, Arc<Node>>, patch: PeerChange, change
 
 fn apply_filters(
     filters: &mut BTreeMap<String, Arc<Vec<FilterRule>>>,
-    whole: Option<Vec<FilterRule>>,
-    named: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
+    whole: Option<Lenient<FilterRule>>,
+    named: Option<BTreeMap<String, Option<Lenient<FilterRule>>>>,
 ) -> bool {
     let before = filters.clone();
     if let Some(rules) = whole {
-        filters.insert(BASE_FILTER.to_owned(), Arc::new(rules));
+        filters.insert(BASE_FILTER.to_owned(), Arc::new(rules.into_iter().collect()));
     }
     if let Some(mut named) = named {
         if matches!(named.get("*"), Some(None)) {
@@ -317,7 +359,8 @@ fn apply_filters(
         }
         for (name, rules) in named {
             match rules {
-                Some(rules) => drop(filters.insert(name, Arc::new(rules))),
+                Some(_) if filters.len() >= MAX_FILTERS && !filters.contains_key(&name) => {}
+                Some(rules) => drop(filters.insert(name, Arc::new(rules.into_iter().collect()))),
                 None => drop(filters.remove(&name)),
             }
         }
@@ -418,6 +461,60 @@ mod tests {
         assert_eq!(session.map().unwrap().filter_rules().len(), 1);
         assert!(apply(&mut session, serde_json::json!({"PacketFilters": {"*": null}})).filters);
         assert!(session.map().unwrap().filters.is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_cannot_be_read_costs_that_peer_and_not_the_frame() {
+        let text = |list: &str, rest: &str| {
+            let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+            let bad = format!(
+                r#"{{"ID":2,"Name":"b.","CapMap":{{"x":[{deep}]}},"Cap":-1}},{{"ID":"x"}},17,{{"ID":5,"Name":"e."}}"#
+            );
+            format!(r#"{{"{list}":[{bad}]{rest}}}"#)
+        };
+        for list in ["PeersChanged", "Peers"] {
+            let mut session = started();
+            let frame: MapResponse =
+                serde_json::from_str(&text(list, r#","UserProfiles":[{"ID":[]},{"ID":9,"LoginName":"i"}]"#))
+                    .unwrap();
+            let changes = session.apply(frame, OffsetDateTime::UNIX_EPOCH).unwrap();
+            assert!(changes.peers);
+            let map = session.map().unwrap();
+            assert!(!map.peers.contains_key(&NodeId(2)), "what was known of it may no longer hold");
+            assert!(map.peers.contains_key(&NodeId(5)));
+            assert_eq!(map.profiles[&UserId(9)].login_name, "i");
+            assert_eq!(session.warned.len(), 4, "{:?}", session.warned);
+        }
+    }
+
+    #[test]
+    fn a_change_of_a_peer_that_cannot_be_read_costs_that_peer() {
+        let mut session = started();
+        let changes = apply(
+            &mut session,
+            serde_json::json!({
+                "PeersChangedPatch": [{"NodeID": 2, "Key": "nodekey:short"}, {"NodeID": 3, "DERPRegion": 7}],
+            }),
+        );
+        assert!(changes.peers && changes.places);
+        assert_eq!(session.map().unwrap().peers.keys().map(|id| id.0).collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn a_filter_rule_that_cannot_be_read_allows_nothing() {
+        let mut session = started();
+        let changes = apply(
+            &mut session,
+            serde_json::json!({"PacketFilters": {
+                "base": [{"SrcIPs": ["*"], "IPProto": ["tcp"]}, {"SrcIPs": ["100.64.0.2"], "DstPorts": []}],
+                "x": "all",
+            }}),
+        );
+        assert!(changes.filters);
+        let map = session.map().unwrap();
+        assert_eq!(map.filter_rules().len(), 1);
+        assert_eq!(map.filter_rules()[0].src_ips[0], "100.64.0.2");
+        assert!(map.filters["x"].is_empty());
     }
 
     #[test]

@@ -161,7 +161,8 @@ mod tests {
         };
         let plain =
             Node { id: NodeId(8), addresses: nets(&["100.64.0.8/32"]), allowed_ips: None, ..Node::default() };
-        let frame = MapResponse { node: Some(node), peers: vec![router(), plain], ..MapResponse::default() };
+        let frame =
+            MapResponse { node: Some(node), peers: vec![router(), plain].into(), ..MapResponse::default() };
         let mut session = Session::default();
         session.apply(frame, OffsetDateTime::UNIX_EPOCH).unwrap();
         session.map().unwrap().clone()

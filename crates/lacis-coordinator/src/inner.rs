@@ -11,15 +11,17 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, head, post};
 use axum::{Json, Router};
 use lacis_wire::MIN_CAPABILITY_VERSION;
-use lacis_wire::control::{MapRequest, NodeId, RegisterRequest, decode_request};
+use lacis_wire::control::{MAX_TEXT, MapRequest, NodeId, RegisterRequest, decode_request, display_text};
 use lacis_wire::key::MachineKey;
 use serde_json::json;
 
 use crate::core::Core;
 use crate::{map, register};
 
-/// As Headscale has it. No request of a client is near it; any machine key can send one.
-const BODY_LIMIT: usize = 1 << 20;
+/// Any machine key can send one. A client's has some 1 KiB, and 46 KiB with all the routes that a node can offer.
+const MAX_REGISTER_BODY: usize = 64 << 10;
+/// Only nodes' are taken over. With all that a node can say of itself it has some 150 KiB.
+const MAX_MAP_BODY: usize = 256 << 10;
 /// For the body of a request. Its answer may take as long as it likes: map streams never end.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -36,7 +38,7 @@ pub struct Session {
 pub fn router(core: Core) -> Router {
     Router::new()
         .route("/machine/register", post(register))
-        .route("/machine/map", post(map))
+        .route("/machine/map", post(map).layer(DefaultBodyLimit::max(MAX_MAP_BODY)))
         .route("/machine/whoami", get(whoami))
         .route("/machine/ping-response", head(ping_response))
         .route("/machine/ssh/action/{from}/to/{to}", get(ssh_action))
@@ -49,7 +51,7 @@ pub fn router(core: Core) -> Router {
         .route("/machine/set-device-attr", any(unsupported))
         .route("/machine/c2n", post(unsupported))
         .fallback(not_found)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
         .with_state(core)
 }
 
@@ -68,8 +70,15 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-fn decode<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, (StatusCode, String)> {
-    decode_request(body).map_err(|error| (StatusCode::BAD_REQUEST, format!("bad request: {error}")))
+/// The body is gone afterwards: an answer may take minutes.
+fn decode<T: serde::de::DeserializeOwned>(Body(body): Body) -> Result<T, (StatusCode, String)> {
+    decode_request(&body).map_err(|error| {
+        let error = display_text(&error.to_string());
+        (
+            StatusCode::BAD_REQUEST,
+            format!("bad request: {}", error.chars().take(MAX_TEXT).collect::<String>()),
+        )
+    })
 }
 
 /// The version in a request decides what the client understands of the answer.
@@ -86,9 +95,9 @@ fn check_version(version: u16) -> Result<(), (StatusCode, String)> {
 async fn register(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, (StatusCode, String)> {
-    let request: RegisterRequest = decode(&body)?;
+    let request: RegisterRequest = decode(body)?;
     check_version(request.version)?;
     Ok(Json(register::register(&core, &session, request).await).into_response())
 }
@@ -96,9 +105,9 @@ async fn register(
 async fn map(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, (StatusCode, String)> {
-    let request: MapRequest = decode(&body)?;
+    let request: MapRequest = decode(body)?;
     check_version(request.version)?;
     Ok(map::map(&core, &session, request))
 }
@@ -136,6 +145,10 @@ async fn ssh_action(
     Path((from, to)): Path<(i64, i64)>,
     Query(asked): Query<SshSession>,
 ) -> Response {
+    // A session that waits keeps it, and no system has a longer one.
+    if asked.local_user.len() > MAX_TEXT {
+        return StatusCode::NOT_FOUND.into_response();
+    }
     let check = asked.check.as_deref();
     let action = core.ssh_action(&session.machine, NodeId(from), NodeId(to), &asked.local_user, check).await;
     match action {

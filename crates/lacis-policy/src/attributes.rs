@@ -1,7 +1,7 @@
 //! What each node is told of itself: capabilities that it has anyway, and those of the policy's `nodeAttrs`.
 
 use ipnet::IpNet;
-use lacis_wire::control::{CapMap, NodeId};
+use lacis_wire::control::{CapMap, NodeId, RawJson};
 
 use crate::facts::{Facts, means_node};
 use crate::network::Network;
@@ -68,7 +68,7 @@ impl State {
             caps.insert(ADMINISTRATOR.to_owned(), None);
         }
         let update = self.settings.auto_update.unwrap_or(false);
-        caps.insert("default-auto-update".to_owned(), Some(vec![update.into()]));
+        caps.insert("default-auto-update".to_owned(), Some(vec![RawJson::from(&update.into())]));
         if body.randomize_client_port {
             caps.insert("randomize-client-port".to_owned(), None);
         }
@@ -84,7 +84,7 @@ impl State {
             }
             for (name, values) in &attrs.app {
                 let all = caps.entry(name.clone()).or_default().get_or_insert_default();
-                all.extend(values.what.iter().cloned());
+                all.extend(values.what.iter().map(RawJson::from));
             }
         }
         caps

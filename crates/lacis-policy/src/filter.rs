@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
-use lacis_wire::control::{CapGrant, FilterRule, NetPortRange};
+use lacis_wire::control::{CapGrant, FilterRule, NetPortRange, RawJson};
 
 use crate::facts::Facts;
 use crate::language::selector::Selector;
@@ -178,7 +178,10 @@ impl State {
             let app = &self.rule(share.rule).app;
             let cap_map = match share.companion {
                 Some(name) => BTreeMap::from([(name.to_owned(), None)]),
-                None => app.iter().map(|(name, values)| (name.clone(), Some(values.clone()))).collect(),
+                None => app
+                    .iter()
+                    .map(|(name, values)| (name.clone(), Some(values.iter().map(RawJson::from).collect())))
+                    .collect(),
             };
             let cap_grant = vec![CapGrant { dsts, cap_map, caps: Vec::new() }];
             rules.push(FilterRule { src_ips: sources, cap_grant, ..FilterRule::default() });

@@ -2,13 +2,17 @@
 //!
 //! Field names are Rust's, member names Go's. Nothing here decides anything; the rules of the JSON are in
 //! [`json`], the meaning of each member in the protocol's dossier (sections 5 to 10). Types of requests decode
-//! case-insensitively through [`decode_request`]; types of replies ignore what they do not know.
+//! case-insensitively through [`decode_request`]; types of replies ignore what they do not know. What a node says of itself
+//! is bounded where it is decoded ([`Hostinfo`]), and lists of peers are read one by one ([`Lenient`]).
 
+mod bounded;
 mod derp_map;
 mod dns;
 mod filter;
+mod fold;
 mod hostinfo;
 pub(crate) mod json;
+mod lenient;
 mod map;
 mod node;
 mod register;
@@ -18,13 +22,15 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
+pub use bounded::{MAX_NESTING, MAX_TEXT};
 pub use derp_map::{DerpHomeParams, DerpMap, DerpNode, DerpRegion};
 pub use dns::{DnsConfig, DnsRecord, DnsResolver};
 pub use filter::{CapGrant, FilterRule, NetPortRange, PortRange};
-pub use hostinfo::{Hostinfo, NetInfo, Service};
-pub use json::{decode_request, display_text, to_json};
+pub use hostinfo::{Hostinfo, Location, MAX_REQUEST_TAGS, MAX_ROUTES, MAX_SERVICES, NetInfo, Service};
+pub use json::{MAX_ENDPOINTS, RequestError, decode_request, display_text, to_json};
+pub use lenient::{CapMap, Lenient, MAX_CAPABILITY_VALUE, MAX_ELEMENTS, RawJson, Unreadable};
 pub use map::{Debug, KEEP_ALIVE_JSON, MapRequest, MapResponse, PingRequest, endpoint_type};
-pub use node::{CapMap, Node, NodeId, PeerChange, UserId, UserProfile};
+pub use node::{Node, NodeId, PeerChange, UserId, UserProfile};
 pub use register::{Login, RegisterAuth, RegisterRequest, RegisterResponse, User};
 
 use crate::key::{ChallengeKey, MachineKey, NodeKey};

@@ -10,10 +10,12 @@ use bytes::{Buf as _, Bytes, BytesMut};
 /// The fastest level: maps are sent once and read once.
 const ZSTD_LEVEL: i32 = 1;
 const HEADER: usize = 4;
-/// No map of a network that fits the address range is larger; a peer that claims more is broken.
-pub const MAX_BLOCK: usize = 64 << 20;
-/// What a block may become. Bounds what a small frame can make us allocate.
-pub const MAX_MESSAGE: usize = 256 << 20;
+/// The largest block: a peer that claims more is broken.
+pub const MAX_BLOCK: usize = 16 << 20;
+/// What a block may become: the map of about 50,000 nodes. Bounds what a small frame can make us allocate.
+pub const MAX_MESSAGE: usize = 64 << 20;
+/// The same for the decoder's window, as the base-2 logarithm of bytes.
+const MAX_WINDOW_LOG: u32 = 26;
 
 /// How the blocks of a stream are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -33,7 +35,7 @@ impl Compression {
 /// A stream that cannot be read on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("a map frame of {length} bytes; at most {MAX_BLOCK} are accepted")]
+    #[error("a map frame of {length} bytes; at most {MAX_BLOCK}, and {MAX_MESSAGE} unpacked, are accepted")]
     TooLong { length: usize },
     #[error("a map frame is not valid zstd, or larger than {MAX_MESSAGE} bytes when unpacked")]
     Zstd(#[source] std::io::Error),
@@ -44,6 +46,9 @@ pub enum Error {
 /// # Errors
 /// When the message is too long for any client, or zstd has no memory.
 pub fn encode(message: &[u8], compression: Compression) -> Result<Bytes, Error> {
+    if message.len() > MAX_MESSAGE {
+        return Err(Error::TooLong { length: message.len() });
+    }
     let mut out = Vec::with_capacity(HEADER + message.len().min(64 << 10));
     out.extend_from_slice(&[0; HEADER]);
     match compression {
@@ -96,7 +101,8 @@ impl Decoder {
         match self.compression {
             Compression::Plain => Ok(Some(block)),
             Compression::Zstd => {
-                let reader = zstd::stream::read::Decoder::with_buffer(&block[..]).map_err(Error::Zstd)?;
+                let mut reader = zstd::stream::read::Decoder::with_buffer(&block[..]).map_err(Error::Zstd)?;
+                reader.window_log_max(MAX_WINDOW_LOG).map_err(Error::Zstd)?;
                 let mut message = Vec::new();
                 let read =
                     reader.take(MAX_MESSAGE as u64 + 1).read_to_end(&mut message).map_err(Error::Zstd)?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::anyhow;
 use lacis_policy::{Network, Node, SshVerdict};
-use lacis_wire::control::{FilterRule, NodeId};
+use lacis_wire::control::{FilterRule, NodeId, RawJson};
 
 use super::Answer;
 use super::access::Access;
@@ -132,7 +132,7 @@ fn lines(network: &Network, node: &Node) -> Vec<String> {
     }
     let attributes = network.attributes(node.id);
     if !attributes.is_empty() {
-        let attribute = |(name, values): (&String, &Option<Vec<serde_json::Value>>)| match values {
+        let attribute = |(name, values): (&String, &Option<Vec<RawJson>>)| match values {
             Some(values) if !values.is_empty() => {
                 let values: Vec<String> = values.iter().map(ToString::to_string).collect();
                 format!("{name}={}", values.join(","))

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 use lacis_policy::{Network, PeerRoutes, Role};
-use lacis_wire::control::{CapMap, Hostinfo, Node, NodeId, UserId, UserProfile, display_text};
+use lacis_wire::control::{CapMap, Hostinfo, MAX_ENDPOINTS, Node, NodeId, UserId, UserProfile, display_text};
 use lacis_wire::key::{DiscoKey, MachineKey, NodeKey};
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
@@ -18,9 +18,6 @@ use crate::store::{NodeFacts, NodeRow, UserRow};
 
 /// Tagged nodes belong to nobody; clients want a user all the same. The number is the one Headscale uses.
 pub const TAGGED_USER: UserId = UserId(2_147_455_555);
-
-/// Members of a host's facts that peers are not sent.
-const PRIVATE: [&str; 2] = ["PushDeviceToken", "TPM"];
 
 /// A person.
 #[derive(Clone, Debug)]
@@ -128,7 +125,9 @@ pub(super) fn cap_for_peers(cap: u16, hostinfo: &Hostinfo) -> u16 {
 
 impl NodeRecord {
     pub fn from_row(row: NodeRow) -> Self {
-        let NodeRow { record: facts, .. } = row;
+        let NodeRow { record: mut facts, .. } = row;
+        // An older version kept however many a node sent.
+        facts.endpoints.truncate(MAX_ENDPOINTS);
         Self {
             id: NodeId(row.id),
             node_key: row.node_key,
@@ -215,7 +214,6 @@ impl NodeRecord {
         // What is between the node and its maker, or us, is not for its peers.
         hostinfo.frontend_log_id.clear();
         hostinfo.backend_log_id.clear();
-        hostinfo.other.retain(|name, _| !PRIVATE.contains(&name.as_str()));
         Node {
             id: self.id,
             stable_id: self.id.to_string(),
@@ -296,3 +294,6 @@ impl Shown {
             && self.routes.addresses.iter().map(IpNet::addr).eq(node.addresses())
     }
 }
+
+#[cfg(test)]
+mod tests;

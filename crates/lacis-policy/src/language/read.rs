@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
+use lacis_wire::control::{MAX_CAPABILITY_VALUE, MAX_NESTING, RawJson};
 use serde_json::Value;
 
 use super::posture::Condition;
@@ -440,7 +441,15 @@ impl Reader {
             if let Some((message, help)) = capability_name(&key.name) {
                 self.problems.push(at.problem(message, help));
             }
-            let values = self.list(Some((item, place))).into_iter().map(|(item, _)| item.to_json()).collect();
+            let values: Vec<Value> =
+                self.list(Some((item, place))).into_iter().map(|(item, _)| item.to_json()).collect();
+            if !values.iter().all(|value| RawJson::from(value).is_bounded()) {
+                let message = format!(
+                    "a value of {:?} is longer than {MAX_CAPABILITY_VALUE} bytes or nested deeper than {MAX_NESTING}",
+                    key.name
+                );
+                self.problems.push(at.problem(message, None));
+            }
             all.insert(key.name.clone(), Said { what: values, mark: at });
         }
         all

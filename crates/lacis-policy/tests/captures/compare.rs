@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use lacis_policy::{Format, Invalid, Network, Node, Policy, Population};
-use lacis_wire::control::{CapMap, NodeId};
+use lacis_wire::control::{CapMap, NodeId, RawJson};
 use serde_json::Value;
 
 use crate::record::{ExpectedNode, Record};
@@ -198,9 +198,14 @@ fn nets(nets: &[IpNet]) -> BTreeSet<IpNet> {
     nets.iter().copied().collect()
 }
 
+/// A value's text without blanks, its members sorted.
+pub(crate) fn value_text(value: &RawJson) -> String {
+    serde_json::from_str::<Value>(value.as_str()).unwrap().to_string()
+}
+
 /// Values as texts, to be read; null and an empty list are the same flag.
 fn flags(caps: &CapMap) -> BTreeMap<&str, Vec<String>> {
-    let values = |values: &Option<Vec<Value>>| values.iter().flatten().map(ToString::to_string).collect();
+    let values = |values: &Option<Vec<RawJson>>| values.iter().flatten().map(value_text).collect();
     caps.iter().map(|(name, list)| (name.as_str(), values(list))).collect()
 }
 

@@ -9,6 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use lacis_wire::control::FilterRule;
 
+use crate::compare::value_text;
+
 /// Protocols of a rule that names none: TCP, UDP, ICMP and ICMPv6.
 const USUAL: [i32; 4] = [6, 17, 1, 58];
 
@@ -189,7 +191,7 @@ fn blocks(rules: &[FilterRule], ours: bool, all: &mut BTreeMap<What, Vec<Block>>
             for (name, values) in &grant.cap_map {
                 add(What::Capability(name.clone(), String::new()), targets.clone());
                 for value in values.iter().flatten() {
-                    add(What::Capability(name.clone(), value.to_string()), targets.clone());
+                    add(What::Capability(name.clone(), value_text(value)), targets.clone());
                 }
             }
             for name in &grant.caps {

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::json::nullable;
+use super::lenient::{CapMap, capabilities};
 
 /// One rule: network access (`dst_ports`) or application capabilities (`cap_grant`), never both.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -60,8 +60,8 @@ pub struct PortRange {
 pub struct CapGrant {
     #[serde(deserialize_with = "nullable")]
     pub dsts: Vec<IpNet>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
-    pub cap_map: BTreeMap<String, Option<Vec<Value>>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "capabilities")]
+    pub cap_map: CapMap,
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub caps: Vec<String>,
 }

@@ -1,151 +1,46 @@
 //! The JSON rules of the control protocol, in one place: who decodes leniently, what is left out, how times look.
 //!
 //! Go decodes keys without regard to case and writes them in its own spelling; the independent Rust client relies
-//! on the first and breaks on `null` where a list is meant. So requests are folded to the known spelling before
-//! they are decoded ([`decode_request`]), `null` stands for "empty" wherever we read, and we never write it.
+//! on the first and breaks on `null` where a list is meant. So member names of requests are folded to the known spelling
+//! while they are decoded ([`decode_request`]), `null` stands for "empty" wherever we read, and we never write it.
 
-use std::collections::HashMap;
+use std::fmt;
 use std::net::SocketAddr;
-use std::sync::LazyLock;
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// Member names of every request, in Go's spelling.
-const REQUEST_KEYS: &[&str] = &[
-    // RegisterRequest
-    "Version",
-    "NodeKey",
-    "OldNodeKey",
-    "NLKey",
-    "Auth",
-    "AuthKey",
-    "Expiry",
-    "Followup",
-    "Hostinfo",
-    "Ephemeral",
-    "NodeKeySignature",
-    "SignatureType",
-    "Timestamp",
-    "DeviceCert",
-    "Signature",
-    "Tailnet",
-    // MapRequest
-    "Compress",
-    "KeepAlive",
-    "DiscoKey",
-    "Stream",
-    "Endpoints",
-    "EndpointTypes",
-    "OmitPeers",
-    "ReadOnly",
-    "MapSessionHandle",
-    "MapSessionSeq",
-    "TKAHead",
-    "DebugFlags",
-    // Hostinfo
-    "IPNVersion",
-    "OS",
-    "OSVersion",
-    "Distro",
-    "DistroVersion",
-    "DistroCodeName",
-    "DeviceModel",
-    "Machine",
-    "GoArch",
-    "GoArchVar",
-    "GoVersion",
-    "Package",
-    "App",
-    "Env",
-    "Cloud",
-    "BackendLogID",
-    "FrontendLogID",
-    "Hostname",
-    "Container",
-    "Desktop",
-    "Userspace",
-    "UserspaceRouter",
-    "AppConnector",
-    "StateEncrypted",
-    "ShieldsUp",
-    "ShareeNode",
-    "NoLogsNoSupport",
-    "WireIngress",
-    "IngressEnabled",
-    "AllowsUpdate",
-    "PeerRelay",
-    "RemoteConfig",
-    "RoutableIPs",
-    "RequestTags",
-    "Services",
-    "Proto",
-    "Port",
-    "Description",
-    "NetInfo",
-    "sshHostKeys",
-    "WoLMACs",
-    "ServicesHash",
-    "ExitNodeID",
-    "PushDeviceToken",
-    "Location",
-    "TPM",
-    // NetInfo
-    "MappingVariesByDestIP",
-    "WorkingIPv6",
-    "OSHasIPv6",
-    "WorkingUDP",
-    "WorkingICMPv4",
-    "UPnP",
-    "PMP",
-    "PCP",
-    "HavePortMap",
-    "PreferredDERP",
-    "LinkType",
-    "DERPLatency",
-    "FirewallMode",
-    // VerifyRequest
-    "NodePublic",
-    "Source",
-];
+use super::bounded::{List, MAX_NESTING, is_too_deep};
+use super::fold::Folded;
 
-static SPELLING: LazyLock<HashMap<String, &'static str>> =
-    LazyLock::new(|| REQUEST_KEYS.iter().map(|key| (key.to_ascii_lowercase(), *key)).collect());
+/// Endpoints of one node; further ones are passed over.
+pub const MAX_ENDPOINTS: usize = 64;
 
-/// Members whose value is data keyed by anything, where no key may be touched.
-const DATA_MAPS: &[&str] = &["DERPLatency", "TPM", "Location"];
-
-fn fold(value: &mut Value) {
-    match value {
-        Value::Object(members) => {
-            let taken = std::mem::take(members);
-            for (key, mut inner) in taken {
-                let key = match SPELLING.get(&key.to_ascii_lowercase()) {
-                    Some(known) => (*known).to_owned(),
-                    None => key,
-                };
-                if !DATA_MAPS.contains(&key.as_str()) {
-                    fold(&mut inner);
-                }
-                members.insert(key, inner);
-            }
-        }
-        Value::Array(items) => items.iter_mut().for_each(fold),
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
-    }
-}
-
-/// Decodes a client's request as Go would: member names in any case, unknown members ignored.
+/// Decodes a client's request as Go would: member names in any case, unknown members ignored. What is decoded has the
+/// bounds of its type; nothing else is allocated.
 ///
 /// # Errors
-/// When the text is no JSON or a member has another type than the protocol gives it.
-pub fn decode_request<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
-    let mut value: Value = serde_json::from_slice(text)?;
-    fold(&mut value);
-    T::deserialize(value)
+/// When the text is no JSON, is nested deeper than [`MAX_NESTING`], or a member has another type than the protocol
+/// gives it (members of [`Hostinfo`](super::Hostinfo) apart, which are absent then).
+pub fn decode_request<T: DeserializeOwned>(text: &[u8]) -> Result<T, RequestError> {
+    if is_too_deep(text) {
+        return Err(RequestError::TooDeep);
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(text);
+    let request = T::deserialize(Folded(&mut deserializer))?;
+    deserializer.end()?;
+    Ok(request)
+}
+
+/// Why a request cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    #[error("nested deeper than {MAX_NESTING} objects and lists")]
+    TooDeep,
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
 }
 
 /// Encodes a message. The types of this module have no value that JSON cannot hold.
@@ -177,8 +72,26 @@ pub(crate) fn endpoints<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Ve
 pub(crate) fn optional_endpoints<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<Vec<SocketAddr>>, D::Error> {
-    let texts = Option::<Vec<String>>::deserialize(deserializer)?;
-    Ok(texts.map(|texts| texts.iter().filter_map(|text| text.parse().ok()).collect()))
+    let list = Option::<List<Endpoint, MAX_ENDPOINTS>>::deserialize(deserializer)?;
+    Ok(list.map(|list| list.0.into_iter().filter_map(|endpoint| endpoint.0).collect()))
+}
+
+struct Endpoint(Option<SocketAddr>);
+
+impl<'de> Deserialize<'de> for Endpoint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Parsed;
+        impl Visitor<'_> for Parsed {
+            type Value = Endpoint;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an address and a port")
+            }
+            fn visit_str<E>(self, text: &str) -> Result<Endpoint, E> {
+                Ok(Endpoint(text.parse().ok()))
+            }
+        }
+        deserializer.deserialize_str(Parsed)
+    }
 }
 
 /// Go's zero time, which stands for "not set".
@@ -230,7 +143,7 @@ pub(crate) fn optional_key<'de, D, K>(deserializer: D) -> Result<Option<K>, D::E
 where
     D: Deserializer<'de>,
     K: std::str::FromStr + Default + PartialEq,
-    K::Err: std::fmt::Display,
+    K::Err: fmt::Display,
 {
     let text = Option::<String>::deserialize(deserializer)?.unwrap_or_default();
     if text.is_empty() {

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use time::OffsetDateTime;
 
-use super::json::{is_default, nullable, optional_endpoints, optional_key, optional_time};
+use super::bounded::{list, text};
+use super::json::{MAX_ENDPOINTS, is_default, nullable, optional_endpoints, optional_key, optional_time};
+use super::lenient::{Lenient, RawJson, filters};
 use super::{DerpMap, DnsConfig, FilterRule, Hostinfo, Node, NodeId, PeerChange, UserProfile};
 use crate::key::{DiscoKey, NodeKey};
 
@@ -17,7 +18,7 @@ use crate::key::{DiscoKey, NodeKey};
 pub struct MapRequest {
     pub version: u16,
     /// `zstd` or nothing.
-    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "text")]
     pub compress: String,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub keep_alive: bool,
@@ -31,14 +32,12 @@ pub struct MapRequest {
     /// Absent means "as before".
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_endpoints")]
     pub endpoints: Option<Vec<SocketAddr>>,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "list::<_, _, MAX_ENDPOINTS>")]
     pub endpoint_types: Vec<u8>,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub omit_peers: bool,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub read_only: bool,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
-    pub debug_flags: Vec<String>,
 }
 
 /// Where an endpoint comes from, as `EndpointTypes` has it.
@@ -66,14 +65,14 @@ pub struct MapResponse {
     #[serde(rename = "DERPMap", skip_serializing_if = "Option::is_none")]
     pub derp_map: Option<DerpMap>,
     /// The full list, sorted by id. Left out when empty: clients disagree on what an empty list means.
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
-    pub peers: Vec<Node>,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
-    pub peers_changed: Vec<Node>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers: Lenient<Node>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers_changed: Lenient<Node>,
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub peers_removed: Vec<NodeId>,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
-    pub peers_changed_patch: Vec<PeerChange>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers_changed_patch: Lenient<PeerChange>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
     pub peer_seen_change: BTreeMap<NodeId, bool>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
@@ -86,17 +85,17 @@ pub struct MapResponse {
     pub collect_services: Option<bool>,
     /// The old form of a whole filter; an empty list blocks all.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub packet_filter: Option<Vec<FilterRule>>,
+    pub packet_filter: Option<Lenient<FilterRule>>,
     /// By name; `None` deletes that name, `*` with `None` deletes all first.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub packet_filters: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
-    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
-    pub user_profiles: Vec<UserProfile>,
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "filters")]
+    pub packet_filters: Option<BTreeMap<String, Option<Lenient<FilterRule>>>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub user_profiles: Lenient<UserProfile>,
     /// `Some(empty)` clears.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<Vec<String>>,
     #[serde(rename = "SSHPolicy", skip_serializing_if = "Option::is_none")]
-    pub ssh_policy: Option<Value>,
+    pub ssh_policy: Option<RawJson>,
     #[serde(skip_serializing_if = "Option::is_none", with = "optional_time")]
     pub control_time: Option<OffsetDateTime>,
     #[serde(skip_serializing_if = "Option::is_none")]

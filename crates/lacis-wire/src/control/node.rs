@@ -6,13 +6,13 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::Hostinfo;
 use super::json::{
     endpoints, is_default, nullable, optional_endpoints, optional_key, optional_time, patched_time,
 };
+use super::lenient::{CapMap, capabilities, optional_capabilities};
 use crate::key::{DiscoKey, MachineKey, NodeKey};
 
 /// Numbers a node: positive, below 2^53, never used again.
@@ -36,9 +36,6 @@ impl fmt::Display for UserId {
         self.0.fmt(f)
     }
 }
-
-/// Capability name to its values; a flag has none.
-pub type CapMap = BTreeMap<String, Option<Vec<Value>>>;
 
 /// A node in a network map.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -92,7 +89,7 @@ pub struct Node {
     pub machine_authorized: bool,
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub capabilities: Vec<String>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "capabilities")]
     pub cap_map: CapMap,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub expired: bool,
@@ -128,7 +125,7 @@ pub struct PeerChange {
     pub derp_region: u16,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub cap: u16,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_capabilities")]
     pub cap_map: Option<CapMap>,
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_endpoints")]
     pub endpoints: Option<Vec<SocketAddr>>,

@@ -1,8 +1,9 @@
 //! Joining, joining again and leaving: the register request and its reply.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 
+use super::bounded::{Text, text};
 use super::json::{is_default, nullable, optional_key, optional_time};
 use super::{Hostinfo, UserId};
 use crate::key::{LockKey, NodeKey};
@@ -23,13 +24,13 @@ pub struct RegisterRequest {
     /// Far past: log out. `None`: nothing asked.
     #[serde(with = "optional_time")]
     pub expiry: Option<OffsetDateTime>,
-    #[serde(deserialize_with = "nullable")]
+    #[serde(deserialize_with = "url")]
     pub followup: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostinfo: Option<Hostinfo>,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub ephemeral: bool,
-    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "text")]
     pub tailnet: String,
 }
 
@@ -37,8 +38,16 @@ pub struct RegisterRequest {
 #[derive(Clone, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct RegisterAuth {
-    #[serde(deserialize_with = "nullable")]
+    #[serde(deserialize_with = "text")]
     pub auth_key: String,
+}
+
+/// Characters of the URL of a page to sign in.
+const MAX_URL: usize = 2048;
+
+fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = Option::<Text<MAX_URL>>::deserialize(deserializer)?;
+    Ok(text.map(|text| text.0).unwrap_or_default())
 }
 
 impl std::fmt::Debug for RegisterAuth {

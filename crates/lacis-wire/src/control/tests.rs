@@ -99,6 +99,37 @@ fn null_is_read_as_nothing_and_a_node_has_none() {
     assert!(map.derp_map.unwrap().regions.is_empty());
 }
 
+/// As Go does: members of structs, and not the keys of maps.
+#[test]
+fn a_key_of_a_map_keeps_its_case() {
+    let text = br#"{"hostinfo":{"NETINFO":{"derplatency":{"PreferredDERP":1.5},"preferredderp":7}}}"#;
+    let info = decode_request::<MapRequest>(text).unwrap().hostinfo.unwrap().net_info.unwrap();
+    assert_eq!(info.derp_latency, [("PreferredDERP".to_owned(), 1.5)].into());
+    assert_eq!(info.preferred_derp, 7);
+}
+
+#[test]
+fn a_request_that_is_nested_too_deep_is_refused_and_says_so() {
+    let nested =
+        |depth: usize| format!(r#"{{"Hostinfo":{{"X":{}{}}}}}"#, "[".repeat(depth), "]".repeat(depth));
+    assert!(decode_request::<MapRequest>(nested(14).as_bytes()).is_ok());
+    for depth in [15, 124, 5000] {
+        let error = decode_request::<MapRequest>(nested(depth).as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "nested deeper than 16 objects and lists");
+    }
+}
+
+#[test]
+fn a_member_of_a_host_that_is_odd_costs_itself() {
+    let text = json!({"Hostinfo": {
+        "Hostname": "a", "OS": ["x"], "ShareeNode": "x", "Container": 1, "Location": "here", "TPM": {"a": 1},
+        "RoutableIPs": ["10.0.0.0/8", "nonsense"], "Services": 7, "NetInfo": [], "Future": {"a": [1]},
+    }});
+    let hostinfo = decode_request::<MapRequest>(text.to_string().as_bytes()).unwrap().hostinfo.unwrap();
+    assert_eq!(hostinfo, Hostinfo { hostname: "a".to_owned(), ..Hostinfo::default() });
+    assert_eq!(to_json(&hostinfo), br#"{"Hostname":"a"}"#);
+}
+
 #[test]
 fn texts_for_people_need_no_escape() {
     assert_eq!(display_text("a\"b\\c\nd & <é>"), "abcd & <é>");
