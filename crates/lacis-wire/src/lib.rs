@@ -14,6 +14,7 @@ pub mod local;
 pub mod mapframe;
 pub mod noise;
 pub mod stun;
+pub mod text;
 
 #[cfg(feature = "io")]
 pub mod io;
