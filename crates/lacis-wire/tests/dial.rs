@@ -224,9 +224,73 @@ async fn a_silent_server_runs_into_the_limit() {
     assert!(matches!(dialer.fetch_key().await.unwrap_err(), DialError::Timeout { .. }));
 }
 
+/// What a server answers that has this key; every other handshake is refused.
+fn with_key(private: MachinePrivateKey) -> impl Fn(&str) -> Vec<u8> + Send + Sync + 'static {
+    move |head| {
+        if head.starts_with("GET /key") {
+            return key_reply(private.public()).into_bytes();
+        }
+        match Responder::read(&private, &initiation(head)) {
+            Ok(responder) => [SWITCH.as_bytes(), &responder.respond().unwrap().0].concat(),
+            Err(_) => [SWITCH.as_bytes(), &error_frame("decryption failed")].concat(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn over_http_the_known_key_stands_until_the_user_accepts_another() {
+    let (old, new) = (MachinePrivateKey::generate().public(), MachinePrivateKey::generate());
+    let dialer = dialer(&format!("http://{}", server(with_key(new.clone())).await));
+    let error = dialer.dial(Some(old)).await.unwrap_err();
+    assert!(matches!(error, DialError::KeyUnproven { .. }), "{error}");
+    assert!(error.to_string().contains("`lacis up --force-reauth`"), "{error}");
+    assert_eq!(dialer.dial(None).await.unwrap().server_key, new.public(), "the first contact is believed");
+    assert_eq!(dialer.dial(Some(new.public())).await.unwrap().server_key, new.public());
+    let accepted = dialer.clone().accept_new_key(true).dial(Some(old)).await.unwrap();
+    assert_eq!(accepted.server_key, new.public());
+}
+
+#[tokio::test]
+async fn over_http_a_connection_that_breaks_does_not_replace_the_key_either() {
+    let new = MachinePrivateKey::generate().public();
+    let address = server(move |head| {
+        // An empty answer closes the connection; before that the upgrade must have been answered.
+        if head.starts_with("GET /key") { key_reply(new).into_bytes() } else { SWITCH.into() }
+    });
+    let dialer = dialer(&format!("http://{}", closing(address.await).await));
+    let error = dialer.dial(Some(MachinePrivateKey::generate().public())).await.unwrap_err();
+    assert!(matches!(error, DialError::KeyUnproven { .. }), "{error}");
+}
+
+/// A proxy before a server that closes each connection after its first answer.
+async fn closing(to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = vec![0; 4096];
+            let length = stream.read(&mut request).await.unwrap();
+            let mut server = tokio::net::TcpStream::connect(to).await.unwrap();
+            server.write_all(&request[..length]).await.unwrap();
+            let length = server.read(&mut request).await.unwrap();
+            stream.write_all(&request[..length]).await.unwrap();
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn over_https_a_new_key_is_fetched() {
+    let (old, new) = (MachinePrivateKey::generate().public(), MachinePrivateKey::generate());
+    let (address, authority) = tls_server(None, with_key(new.clone())).await;
+    let dialer = dialer(&format!("https://localhost:{}", address.port())).tls_config(trusting(authority));
+    assert_eq!(dialer.dial(Some(old)).await.unwrap().server_key, new.public());
+}
+
 /// A TLS server with its own authority; gives the address and the authority's certificate.
 async fn tls_server(
     not_after: Option<(i32, u8, u8)>,
+    answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static,
 ) -> (SocketAddr, rustls::pki_types::CertificateDer<'static>) {
     let authority_key = rcgen::KeyPair::generate().unwrap();
     let mut authority = rcgen::CertificateParams::new(vec![]).unwrap();
@@ -249,16 +313,19 @@ async fn tls_server(
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let answer = Arc::new(answer);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let acceptor = acceptor.clone();
+            let (acceptor, answer) = (acceptor.clone(), Arc::clone(&answer));
             tokio::spawn(async move {
                 let Ok(stream) = acceptor.accept(stream).await else { return };
                 assert_eq!(stream.get_ref().1.alpn_protocol(), None);
                 let mut stream: BoxStream = Box::new(stream);
-                head(&mut stream).await;
-                let key = MachinePrivateKey::from_bytes([1; 32]).public();
-                let _ = stream.write_all(key_reply(key).as_bytes()).await;
+                while let Some(head) = head(&mut stream).await {
+                    if stream.write_all(&answer(&head)).await.is_err() {
+                        return;
+                    }
+                }
             });
         }
     });
@@ -302,12 +369,12 @@ fn trusting(authority: rustls::pki_types::CertificateDer<'static>) -> Arc<rustls
 
 #[tokio::test]
 async fn the_key_comes_over_verified_tls() {
-    let (address, authority) = tls_server(None).await;
+    let (address, authority) = tls_server(None, with_key(MachinePrivateKey::from_bytes([1; 32]))).await;
     let url = format!("https://localhost:{}", address.port());
     let key = dialer(&url).tls_config(trusting(authority.clone())).fetch_key().await.unwrap();
     assert_eq!(key, MachinePrivateKey::from_bytes([1; 32]).public());
 
-    let (_, stranger) = tls_server(None).await;
+    let (_, stranger) = tls_server(None, with_key(MachinePrivateKey::from_bytes([1; 32]))).await;
     let error = dialer(&url).tls_config(trusting(stranger)).fetch_key().await.unwrap_err().to_string();
     assert!(error.starts_with("TLS with localhost failed: its certificate"), "{error}");
 
@@ -318,7 +385,8 @@ async fn the_key_comes_over_verified_tls() {
 
 #[tokio::test]
 async fn an_expired_certificate_points_to_the_clock() {
-    let (address, authority) = tls_server(Some((2001, 1, 1))).await;
+    let (address, authority) =
+        tls_server(Some((2001, 1, 1)), with_key(MachinePrivateKey::from_bytes([1; 32]))).await;
     let url = format!("https://localhost:{}", address.port());
     let error = dialer(&url).tls_config(trusting(authority)).fetch_key().await.unwrap_err().to_string();
     assert!(error.starts_with("the certificate of localhost is expired by this host's clock"), "{error}");
@@ -326,7 +394,7 @@ async fn an_expired_certificate_points_to_the_clock() {
 
 #[tokio::test]
 async fn https_on_a_plain_port_says_that_there_is_no_tls() {
-    let (_, authority) = tls_server(None).await;
+    let (_, authority) = tls_server(None, with_key(MachinePrivateKey::from_bytes([1; 32]))).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {

@@ -3,7 +3,8 @@
 //! Both requests go over one connection, so that joining costs one TCP and one TLS handshake. The
 //! URL's own scheme and port are dialled and nothing else: an `https://` URL is verified TLS from
 //! the first byte, with no detour over port 80. The key is fetched over verified TLS, then Noise
-//! authenticates the server by it.
+//! authenticates the server by it. Over `http://` the first key that is fetched stays: a server that
+//! does not prove to have it is refused, until the user says that it may have another.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -165,6 +166,7 @@ pub struct ControlDialer {
     version: u16,
     fwmark: Option<u32>,
     fallback: Vec<IpAddr>,
+    accept_new_key: bool,
     timeout: Duration,
     tls: Arc<OnceLock<Arc<ClientConfig>>>,
 }
@@ -178,6 +180,7 @@ impl ControlDialer {
             version: crate::CURRENT_CAPABILITY_VERSION,
             fwmark: None,
             fallback: Vec::new(),
+            accept_new_key: false,
             timeout: DIAL_TIMEOUT,
             tls: Arc::default(),
         })
@@ -208,6 +211,14 @@ impl ControlDialer {
     #[must_use]
     pub fn fallback_addresses(mut self, addresses: Vec<IpAddr>) -> Self {
         self.fallback = addresses;
+        self
+    }
+
+    /// Lets the server have another key than the one known, also over `http`, where anybody on the
+    /// way can have replaced it: only for when the user says so.
+    #[must_use]
+    pub fn accept_new_key(mut self, accept: bool) -> Self {
+        self.accept_new_key = accept;
         self
     }
 
@@ -248,7 +259,28 @@ impl ControlDialer {
 
     /// Connects and makes the handshake. Without a known key the server is asked for it first, on
     /// the same connection.
+    ///
+    /// A server that does not prove to have the known key is asked for its present one over `https`
+    /// only, or with [`Self::accept_new_key`]. That it is another is a warning in the log.
     pub async fn dial(&self, known: Option<MachineKey>) -> Result<ControlStream, DialError> {
+        let (known, error) = match (self.attempt(known).await, known) {
+            (Err(error), Some(known)) if error.suspects_key() => (known, error),
+            (result, _) => return result,
+        };
+        if !self.url.https && !self.accept_new_key {
+            return Err(DialError::KeyUnproven { url: self.url.text.clone(), source: Box::new(error) });
+        }
+        let stream = self.attempt(None).await?;
+        if stream.server_key != known {
+            tracing::warn!(
+                url = %self.url, before = %known, now = %stream.server_key,
+                "the control server has another key than before: was it set up again?"
+            );
+        }
+        Ok(stream)
+    }
+
+    async fn attempt(&self, known: Option<MachineKey>) -> Result<ControlStream, DialError> {
         self.limited("connecting", async {
             let (mut http, address) = self.open().await?;
             let server_key = match known {

@@ -127,10 +127,20 @@ pub enum DialError {
         /// From the handshake.
         source: NoiseError,
     },
+    /// Over plain HTTP the server does not prove to have the key that is known of it.
+    #[error(
+        "{url} does not prove that it is the server this node knows: {source}. Over http a new key is not believed, since anybody on the way can send one; if the server was set up again, accept its key with `lacis up --force-reauth`"
+    )]
+    KeyUnproven {
+        /// The control URL.
+        url: String,
+        /// What went wrong with the known key.
+        source: Box<DialError>,
+    },
 }
 
 impl DialError {
-    /// Whether the server's key may be outdated, so that fetching it anew could help.
+    /// Whether the server may have another key than the one it was dialled with.
     pub fn suspects_key(&self) -> bool {
         matches!(self, Self::Noise { .. } | Self::Broken { .. })
     }
