@@ -158,7 +158,7 @@ impl Dialer {
 
     async fn upgrade(&self, node: &RelayNode, ideal: Option<&str>) -> Result<Dialed, ConnectError> {
         let (mut stream, remote) = self.connect(node).await?;
-        let ideal = ideal.map(|name| format!("Ideal-Node: {name}\r\n")).unwrap_or_default();
+        let ideal = ideal_node(ideal);
         let request = format!(
             "GET /derp HTTP/1.1\r\nHost: {}\r\nUser-Agent: lacis/{}\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n{ideal}\r\n",
             node.authority(),
@@ -173,6 +173,10 @@ impl Dialer {
 
     /// TCP and TLS.
     async fn connect(&self, node: &RelayNode) -> Result<(BoxStream, SocketAddr), ConnectError> {
+        if !is_token(&node.host) {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not the name of a host");
+            return Err(ConnectError::Resolve { host: node.host.clone(), source });
+        }
         let (tcp, remote) = self.tcp(node).await?;
         if node.plain_http || self.options.plain_http {
             return Ok((Box::new(tcp), remote));
@@ -315,6 +319,18 @@ async fn exchange(
     }
 }
 
+/// Whether a name from the network map can stand in a header: a line break would begin another one.
+fn is_token(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+/// The header by which a relay counts clients that would rather be at another node; none for a name that cannot be sent.
+fn ideal_node(name: Option<&str>) -> String {
+    name.filter(|name| !name.is_empty() && is_token(name))
+        .map(|name| format!("Ideal-Node: {name}\r\n"))
+        .unwrap_or_default()
+}
+
 fn status(head: &[u8]) -> Option<u16> {
     let line = head.strip_prefix(b"HTTP/1.1 ").or_else(|| head.strip_prefix(b"HTTP/1.0 "))?;
     std::str::from_utf8(line.get(..3)?).ok()?.parse().ok()
@@ -347,4 +363,25 @@ pub async fn latency_check(node: &RelayNode, options: DialOptions) -> Result<Dur
     })
     .await
     .unwrap_or(Err(ConnectError::Late))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_in_a_header_begins_no_other_header() {
+        assert_eq!(ideal_node(Some("900a")), "Ideal-Node: 900a\r\n");
+        for name in ["a\r\nX-Other: 1", "a\nb", "a b", "", "\u{e9}", "a\0"] {
+            assert_eq!(ideal_node(Some(name)), "", "{name:?}");
+        }
+        assert_eq!(ideal_node(None), "");
+    }
+
+    #[tokio::test]
+    async fn a_host_that_is_no_name_is_not_dialled() {
+        let node = RelayNode { plain_http: true, ..RelayNode::new("x\r\nX-Other: 1", 80) };
+        let error = Dialer::new(DialOptions::default()).connect(&node).await.err();
+        assert!(matches!(error, Some(ConnectError::Resolve { .. })));
+    }
 }
