@@ -18,7 +18,8 @@ pub const QUAD100_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
 pub const QUAD100_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 const PORT: u16 = 53;
-/// Questions that are being passed on; what comes on top is dropped, and asked again by the host.
+/// Questions that are being passed on, by UDP and TCP together; what comes on top is dropped, and asked again by the
+/// host. Each holds its text, its answer (64 KiB at most) and the sockets to its resolvers.
 const FORWARDED: usize = 256;
 /// When nothing is due, the TCP stack is looked at again after this.
 const NEVER: Duration = Duration::from_hours(1);
@@ -140,21 +141,40 @@ mod tests {
     use hickory_proto::rr::{Name, RecordType};
 
     use crate::resolver::Options;
-    use crate::state::DnsState;
+    use crate::state::{DnsState, Upstream};
 
     const HOST: [u8; 4] = [100, 64, 0, 1];
 
     fn question() -> Vec<u8> {
+        question_for("bob.lab.")
+    }
+
+    fn question_for(name: &str) -> Vec<u8> {
         let mut message = Message::query();
-        message.add_query(Query::query(Name::from_ascii("bob.lab.").unwrap(), RecordType::A));
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
         message.to_vec().unwrap()
+    }
+
+    fn in_datagram(query: &[u8]) -> Bytes {
+        let datagram = Datagram {
+            source: HOST.into(),
+            destination: QUAD100_V4.into(),
+            source_port: 5555,
+            destination_port: 53,
+            payload: query,
+        };
+        packet::build(&datagram).unwrap()
     }
 
     /// A resolver to send packets to, and what it injects.
     fn served() -> (mpsc::Sender<Bytes>, mpsc::UnboundedReceiver<Bytes>) {
+        served_with(Vec::new())
+    }
+
+    fn served_with(resolvers: Vec<Upstream>) -> (mpsc::Sender<Bytes>, mpsc::UnboundedReceiver<Bytes>) {
         let resolver = Resolver::new(Options::default());
         let hosts = HashMap::from([("bob.lab".to_owned(), vec![IpAddr::from([100, 64, 0, 2])])]);
-        resolver.set_state(Arc::new(DnsState { hosts, has_ipv4: true, ..DnsState::default() }));
+        resolver.set_state(Arc::new(DnsState { hosts, resolvers, has_ipv4: true, ..DnsState::default() }));
         let (packets, inbox) = mpsc::channel(16);
         let (out, injected) = mpsc::unbounded_channel();
         let inject = move |packet| drop(out.send(packet));
@@ -171,20 +191,35 @@ mod tests {
     #[tokio::test]
     async fn a_question_in_a_datagram_is_answered_in_one() {
         let (packets, mut injected) = served();
-        let query = question();
-        let datagram = Datagram {
-            source: HOST.into(),
-            destination: QUAD100_V4.into(),
-            source_port: 5555,
-            destination_port: 53,
-            payload: &query,
-        };
-        packets.send(packet::build(&datagram).unwrap()).await.unwrap();
+        packets.send(in_datagram(&question())).await.unwrap();
         let reply = injected.recv().await.unwrap();
         let reply = packet::parse(&reply).unwrap();
         assert_eq!((reply.source, reply.source_port), (QUAD100_V4.into(), 53));
         assert_eq!((reply.destination, reply.destination_port), (HOST.into(), 5555));
         assert_eq!(Message::from_vec(reply.payload).unwrap().answers[0].data.to_string(), "100.64.0.2");
+    }
+
+    #[tokio::test]
+    async fn questions_that_wait_for_a_resolver_are_few_and_the_rest_is_dropped() {
+        let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let (packets, mut injected) = served_with(vec![Upstream::from(silent.local_addr().unwrap())]);
+        let asked = tokio::spawn(async move {
+            let mut buffer = [0; 512];
+            for _ in 0..FORWARDED {
+                silent.recv(&mut buffer).await.unwrap();
+            }
+            silent
+        });
+        for number in 0..FORWARDED + 100 {
+            packets.send(in_datagram(&question_for(&format!("n{number}.example.")))).await.unwrap();
+        }
+        let silent = asked.await.unwrap();
+        // What the mesh itself knows is answered all the same, and everything before it was looked at.
+        packets.send(in_datagram(&question())).await.unwrap();
+        let reply = injected.recv().await.unwrap();
+        let reply = Message::from_vec(packet::parse(&reply).unwrap().payload).unwrap();
+        assert_eq!(reply.answers.len(), 1);
+        assert!(silent.try_recv(&mut [0; 512]).is_err(), "one question too many");
     }
 
     #[tokio::test]

@@ -6,6 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use crate::quad100::{QUAD100_V4, QUAD100_V6};
 
 const DNS_PORT: u16 = 53;
+/// Resolvers that one question goes to, each with a socket or two of its own. The C library knows three.
+const MAX_UPSTREAMS: usize = 4;
+/// Addresses of one name that are told: no answer is longer than a message of DNS can be.
+const MAX_ADDRESSES: usize = 1000;
 
 /// Plain configuration. All names are lower case and without a trailing dot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -89,8 +93,13 @@ pub(crate) fn in_zone(name: &str, zone: &str) -> bool {
 impl DnsState {
     /// The addresses of a name in the mesh.
     pub(crate) fn addresses(&self, name: &str) -> Option<Vec<IpAddr>> {
-        let extra: Vec<_> =
-            self.extra_records.iter().filter(|(known, _)| known == name).map(|(_, ip)| *ip).collect();
+        let extra: Vec<_> = self
+            .extra_records
+            .iter()
+            .filter(|(known, _)| known == name)
+            .map(|(_, ip)| *ip)
+            .take(MAX_ADDRESSES)
+            .collect();
         if extra.is_empty() { self.hosts.get(name).cloned() } else { Some(extra) }
     }
 
@@ -109,9 +118,11 @@ impl DnsState {
         zones.max_by_key(|zone| zone.len()).map(String::as_str)
     }
 
-    /// Whom to ask for a name that is not ours.
+    /// Whom to ask for a name that is not ours: [`MAX_UPSTREAMS`] at most.
     pub(crate) fn upstreams(&self, name: &str) -> Vec<SocketAddr> {
-        let addresses = |some: &[Upstream]| some.iter().filter_map(Upstream::address).collect::<Vec<_>>();
+        let addresses = |some: &[Upstream]| -> Vec<_> {
+            some.iter().filter_map(Upstream::address).take(MAX_UPSTREAMS).collect()
+        };
         let routes = self.routes.iter().filter(|(suffix, _)| in_zone(name, suffix));
         if let Some((_, own)) = routes.max_by_key(|(suffix, _)| suffix.len()) {
             // A suffix that has resolvers of its own is never asked elsewhere.
@@ -200,6 +211,20 @@ mod tests {
         assert_eq!(state.upstreams("x.example"), ["192.0.2.1:53".parse().unwrap()]);
         assert_eq!(state.upstreams("a.doh.example"), []);
         assert_eq!(state.upstreams("org"), ["192.0.2.53:5353".parse().unwrap()]);
+    }
+
+    #[test]
+    fn one_question_goes_to_few_resolvers_and_one_name_has_few_addresses() {
+        let many: Vec<_> = (0..100).map(|n| plain(&format!("192.0.2.{n}"))).collect();
+        let records =
+            (0..100_u32).flat_map(|_| (0..200_u8).map(|n| ("x".to_owned(), IpAddr::from([192, 0, 2, n]))));
+        let routes = vec![("corp".to_owned(), many.clone())];
+        let state =
+            DnsState { routes, resolvers: many, extra_records: records.collect(), ..DnsState::default() };
+        for name in ["www.example", "a.corp"] {
+            assert_eq!(state.upstreams(name).len(), MAX_UPSTREAMS, "{name}");
+        }
+        assert_eq!(state.addresses("x").unwrap().len(), MAX_ADDRESSES);
     }
 
     #[test]
