@@ -137,7 +137,7 @@ impl Host {
         let mut report = self.network.apply(&state.addresses, &state.routes).await?;
         self.guard(state, &mut report).await;
         if let Err(error) = self.tell_resolver(state.dns.as_ref()).await {
-            report.warnings.push(format!("this host's resolver is not set up for the mesh: {error}"));
+            report.warnings.push(not_resolving(&error));
         }
         self.applied = Some(state.clone());
         Ok(report)
@@ -224,8 +224,12 @@ impl Host {
                 "another program had changed addresses, routes, rules or the firewall"
             );
         }
-        if let Some(dns) = &state.dns {
-            self.resolver.repair(dns).await;
+        if let Some(dns) = &state.dns
+            && let Err(error) = self.resolver.repair(dns).await
+        {
+            // What is there is not known any more: the next attempt sets it anew.
+            self.told = Some(OsDns::default());
+            report.warnings.push(not_resolving(&error.to_string()));
         }
         report
     }
@@ -250,6 +254,10 @@ impl Host {
     pub fn base_resolvers(&self) -> Vec<SocketAddr> {
         self.resolver.base_resolvers()
     }
+}
+
+fn not_resolving(error: &str) -> String {
+    format!("this host's resolver is not set up for the mesh: {error}")
 }
 
 /// Lets reverse-path filters see marks. Returns whether it was this that did it.

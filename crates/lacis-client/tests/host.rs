@@ -39,7 +39,7 @@ fn outside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return false;
     }
-    for needed in ["unshare --net --map-root-user true", "ip -V", "nft --version"] {
+    for needed in ["unshare --net --mount --map-root-user true", "ip -V", "nft --version"] {
         if !run(needed).0 {
             eprintln!("skipped: `{needed}` does not work here");
             return true;
@@ -47,7 +47,7 @@ fn outside(test: &str) -> bool {
     }
     let program = std::env::current_exe().expect("this program has a path");
     let output = Command::new("unshare")
-        .args(["--net", "--map-root-user"])
+        .args(["--net", "--mount", "--map-root-user"])
         .arg(program)
         .args(["--exact", test, "--nocapture"])
         .env(INSIDE, "1")
@@ -245,4 +245,65 @@ async fn ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node() {
     assert!(v6.contains("default dev lacis0") && !v6.contains("unreachable"), "{v6}");
     host.revert().await;
     assert_eq!(everything(), before);
+}
+
+/// As systemd makes it for the unit: a folder that is read-only but for one file.
+#[tokio::test]
+async fn in_a_read_only_etc_resolv_conf_is_written_in_place_while_that_is_allowed() {
+    if outside("in_a_read_only_etc_resolv_conf_is_written_in_place_while_that_is_allowed") {
+        return;
+    }
+    device();
+    let dir = tempfile::tempdir().expect("a folder");
+    let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
+    std::fs::create_dir(&etc).expect("a folder");
+    std::fs::create_dir(&state).expect("a folder");
+    let file = etc.join("resolv.conf");
+    let before = "nameserver 192.0.2.1\nsearch home.example\n";
+    std::fs::write(&file, before).expect("a file");
+    let (folder, path) = (etc.display().to_string(), file.display().to_string());
+    done(&format!("mount --bind {folder} {folder}"));
+    done(&format!("mount --bind {path} {path}"));
+    done(&format!("mount -o remount,bind,ro {folder}"));
+    assert!(std::fs::write(etc.join("passwd"), "").is_err());
+
+    let options = HostOptions { state_dir: state, resolv_conf: file.clone(), ..HostOptions::default() };
+    let mut host = Host::new(options).await.expect("netlink");
+    let dns = lacis_dns::OsDns {
+        servers: vec![lacis_dns::QUAD100_V4.into()],
+        search: vec!["lab.example".into()],
+        match_domains: Vec::new(),
+    };
+    let wish = HostState { dns: Some(dns), ..wish() };
+    let read = || std::fs::read_to_string(&file).expect("a file");
+    assert_eq!(host.apply(&wish).await.expect("it is set up").warnings, Vec::<String>::new());
+    assert!(read().contains("nameserver 100.100.100.100\nsearch lab.example home.example\n"), "{}", read());
+    host.revert().await;
+    assert_eq!(read(), before);
+    host.apply(&wish).await.expect("it is set up");
+
+    // Another program replaces the file, and the mount is gone.
+    done(&format!("umount {path}"));
+    done(&format!("mount -o remount,bind,rw {folder}"));
+    std::fs::remove_file(&file).expect("a file");
+    std::fs::write(&file, "nameserver 192.0.2.2\n").expect("a file");
+    done(&format!("mount -o remount,bind,ro {folder}"));
+    let warns = |warnings: &[String]| warnings.iter().any(|line| line.contains("systemctl restart lacisd"));
+    let warnings = host.repair().await.warnings;
+    assert!(warns(&warnings), "{warnings:?}");
+    let warnings = host.apply(&wish).await.expect("the rest").warnings;
+    assert!(warns(&warnings), "it is said as long as it is so: {warnings:?}");
+    host.revert().await;
+    assert_eq!(read(), "nameserver 192.0.2.2\n");
+}
+
+#[test]
+fn the_unit_lets_the_daemon_write_its_own_files_only() {
+    let unit = include_str!("../../../packaging/systemd/lacisd.service");
+    let writable = unit.lines().filter_map(|line| line.strip_prefix("ReadWritePaths="));
+    let mut writable: Vec<_> = writable.flat_map(str::split_whitespace).collect();
+    writable.sort_unstable();
+    let allowed = ["-/etc/resolv.conf", "-/proc/sys/net/ipv4/conf/all/src_valid_mark", "-/run/resolvconf"];
+    assert_eq!(writable, allowed);
+    assert!(unit.contains("\nProtectSystem=strict\n"));
 }

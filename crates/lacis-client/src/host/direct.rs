@@ -1,11 +1,15 @@
 //! `/etc/resolv.conf` written by ourselves, where no other program owns it. The file that was there is kept in the
 //! state directory and put back, after a crash at the next start.
+//!
+//! Under systemd this file is all that the daemon may write in `/etc` (`ReadWritePaths=` in its unit, which mounts the
+//! file on itself): then it is not replaced but written in place, and a link is followed. When another program replaces
+//! the file, the mount is gone with it, and so is the right to write, until the unit is started again.
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use lacis_dns::{OsDns, QUAD100_V4, QUAD100_V6};
@@ -21,6 +25,8 @@ const MODE: u32 = 0o644;
 const DNS_PORT: u16 = 53;
 /// The C library reads no more.
 const MOST_SERVERS: usize = 3;
+/// What to do when the daemon may not write the file.
+const READ_ONLY: &str = "the service may write only the file that was there when it was started: `systemctl restart lacisd` after another program has replaced it, or let systemd-resolved or resolvconf manage it";
 /// Another program that insists is left alone after so many times.
 const MOST_REPAIRS: u32 = 10;
 
@@ -131,18 +137,16 @@ impl Direct {
         self.path.with_extension("conf.lacis")
     }
 
-    pub(super) fn repair(&mut self, dns: &OsDns) {
+    pub(super) fn repair(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
         if self.is_ours() || self.repairs >= MOST_REPAIRS {
-            return;
+            return Ok(());
         }
         self.repairs += 1;
         tracing::warn!(path = %self.path.display(), "another program has written over resolv.conf; writing it again");
-        if let Err(error) = self.set(dns) {
-            tracing::warn!(%error, "names of the mesh may not resolve");
-        }
+        self.set(dns)
     }
 
-    /// Whole and at once; in place where the file is a mount of its own, as in containers.
+    /// Whole and at once; in place where the file is a mount of its own, as in containers and under systemd.
     fn write(&self, text: &[u8]) -> Result<(), ResolverError> {
         let new = self.new_file();
         let replaced = fs::write(&new, text)
@@ -151,11 +155,15 @@ impl Direct {
         let written = replaced.or_else(|_| {
             // What is left of the first way.
             let _ = fs::remove_file(&new);
-            fs::write(&self.path, text)
+            write_in_place(&self.path, text)
         });
-        written.map_err(|source| ResolverError::File {
-            doing: format!("writing {}", self.path.display()),
-            source,
+        written.map_err(|source| {
+            let path = self.path.display();
+            let doing = match source.kind() {
+                io::ErrorKind::ReadOnlyFilesystem => format!("writing {path} ({READ_ONLY})"),
+                _ => format!("writing {path}"),
+            };
+            ResolverError::File { doing, source }
         })
     }
 
@@ -172,6 +180,13 @@ impl Direct {
             .map(|ip| SocketAddr::new(ip, DNS_PORT))
             .collect()
     }
+}
+
+/// The new text over the old one, which is cut only then: whoever reads meanwhile never finds an empty file.
+fn write_in_place(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(MODE).open(path)?;
+    file.write_all(text)?;
+    file.set_len(text.len() as u64)
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -241,6 +256,43 @@ mod tests {
         assert!(!direct.link.exists() && !direct.backup.exists());
     }
 
+    /// A place where no file can be made beside `resolv.conf`, so that it cannot be replaced.
+    fn without_replacing(dir: &Path) -> Direct {
+        let direct = Direct::new(&dir.join("resolv.conf"), dir);
+        fs::create_dir_all(direct.new_file().join("in-the-way")).unwrap();
+        direct
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_replaced_is_written_in_place_and_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        let before = format!("# {}\nnameserver 192.0.2.1\n", "mine ".repeat(100));
+        fs::write(&path, &before).unwrap();
+        let mut direct = without_replacing(dir.path());
+        let open = fs::File::open(&path).unwrap();
+        direct.set(&dns()).unwrap();
+        let text = io::read_to_string(&open).unwrap();
+        assert!(text.starts_with(MARKER) && text.ends_with("search lab.example\n"), "{text}");
+        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        Direct::new(&path, dir.path()).recover();
+        assert_eq!(fs::read_to_string(&path).unwrap(), before);
+    }
+
+    #[test]
+    fn a_link_that_cannot_be_replaced_is_followed_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, target) = (dir.path().join("resolv.conf"), dir.path().join("theirs"));
+        fs::write(&target, "nameserver 192.0.2.1\n").unwrap();
+        symlink("theirs", &path).unwrap();
+        let mut direct = without_replacing(dir.path());
+        direct.set(&dns()).unwrap();
+        assert!(fs::read_to_string(&target).unwrap().starts_with(MARKER));
+        direct.revert().unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "nameserver 192.0.2.1\n");
+        assert_eq!(fs::read_link(&path).unwrap(), Path::new("theirs"));
+    }
+
     #[test]
     fn what_another_program_wrote_is_kept_and_ours_comes_back() {
         let dir = tempfile::tempdir().unwrap();
@@ -248,7 +300,7 @@ mod tests {
         let mut direct = Direct::new(&path, dir.path());
         direct.set(&dns()).unwrap();
         fs::write(&path, "nameserver 192.0.2.7\n").unwrap();
-        direct.repair(&dns());
+        direct.repair(&dns()).unwrap();
         assert!(direct.is_ours());
         assert_eq!(direct.base_resolvers(), ["192.0.2.7:53".parse().unwrap()]);
     }

@@ -104,16 +104,14 @@ impl Resolved {
     }
 
     /// Says everything again to a service that was restarted. One that is not there is told when it is back.
-    pub(super) async fn repair(&mut self, dns: &OsDns) {
-        let Some(link) = self.link else { return };
+    pub(super) async fn repair(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
+        let Some(link) = self.link else { return Ok(()) };
         match self.owner().await {
             Ok(owner) if self.told.as_ref() != Some(&owner) => {}
-            _ => return,
+            _ => return Ok(()),
         }
-        tracing::info!("systemd-resolved was restarted; it is told of the mesh again");
-        if let Err(error) = self.tell(link, dns).await {
-            tracing::warn!(%error, "this host's resolver is not set up for the mesh; trying again");
-        }
+        tracing::info!("systemd-resolved was restarted; it is set up for the mesh again");
+        self.tell(link, dns).await
     }
 
     pub(super) async fn revert(&mut self) -> Result<(), ResolverError> {

@@ -86,11 +86,11 @@ impl OsResolver {
         }
     }
 
-    /// Says it again if another program wrote over the file, or the service was restarted.
-    pub(super) async fn repair(&mut self, dns: &OsDns) {
+    /// Sets it again if another program wrote over the file, or the service was restarted.
+    pub(super) async fn repair(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
         match self {
             Self::Resolved(resolved) => resolved.repair(dns).await,
-            Self::Resolvconf(..) => {}
+            Self::Resolvconf(..) => Ok(()),
             Self::Direct(direct) => direct.repair(dns),
         }
     }
