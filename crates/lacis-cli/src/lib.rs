@@ -8,7 +8,7 @@
 mod admin;
 mod http;
 mod node;
-mod output;
+pub mod output;
 mod policy;
 
 use std::path::PathBuf;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use lacis_cli::{Arguments, Failure, one_line, run};
+use lacis_cli::{Arguments, Failure, one_line, output, run};
 
 /// How a command ends whose question could not be answered, where 1 would be an answer.
 const NO_ANSWER: u8 = 2;
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("lacis: {error}");
+            output::note(format_args!("lacis: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -30,11 +30,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Quiet) => ExitCode::FAILURE,
         Err(Failure::Error(error)) => {
-            eprintln!("lacis: {}", one_line(&error));
+            output::note(format_args!("lacis: {}", one_line(&error)));
             ExitCode::FAILURE
         }
         Err(Failure::Unanswered(error)) => {
-            eprintln!("lacis: {}", one_line(&error));
+            output::note(format_args!("lacis: {}", one_line(&error)));
             ExitCode::from(NO_ANSWER)
         }
     }

@@ -43,10 +43,10 @@ impl Coordinator {
                 }
                 // Remarks go beside the text, which may be on its way into a file.
                 for remark in remarks(&info) {
-                    eprintln!("lacis: {remark}");
+                    output::note(format_args!("lacis: {remark}"));
                 }
                 if let Some(text) = &info.text {
-                    output::line(text.strip_suffix('\n').unwrap_or(text));
+                    output::document(text.strip_suffix('\n').unwrap_or(text));
                 }
                 Ok(())
             }
@@ -91,7 +91,7 @@ fn read(file: &Path) -> anyhow::Result<SetPolicy> {
 
 fn warn(warnings: &[PolicyProblem]) {
     for warning in warnings {
-        eprintln!("lacis: warning: {warning}");
+        output::note(format_args!("lacis: warning: {warning}"));
     }
 }
 

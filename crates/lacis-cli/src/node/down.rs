@@ -3,7 +3,7 @@
 use lacis_wire::local::MaskedPrefs;
 
 use super::Daemon;
-use crate::Failure;
+use crate::{Failure, output};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Down {
@@ -16,7 +16,7 @@ impl Down {
     pub(crate) async fn run(self, daemon: &Daemon) -> Result<(), Failure> {
         let _ = self.accept_risk;
         if daemon.status(false).await?.backend_state == "Stopped" {
-            eprintln!("Lacis was already stopped.");
+            output::note("Lacis was already stopped.");
             return Ok(());
         }
         daemon.edit_prefs(&MaskedPrefs::default().set("WantRunning", false)).await?;

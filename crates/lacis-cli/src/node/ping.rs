@@ -78,7 +78,7 @@ impl Ping {
             None => return Err(anyhow!("no peer is called {:?}: see `lacis status`", self.target).into()),
         };
         if self.verbose {
-            eprintln!("lookup {:?} => {ip} ({name})", self.target);
+            output::note(format_args!("lookup {:?} => {ip} ({name})", self.target));
         }
         if !self.why {
             return Ok(self.tries(daemon, &ip).await?);

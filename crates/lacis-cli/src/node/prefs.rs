@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use lacis_wire::local::{ForwardingCheck, MaskedPrefs, Prefs, Status, netfilter_mode};
 
 use super::{Daemon, meant};
+use crate::output;
 
 const DEFAULT_ROUTES: [&str; 2] = ["0.0.0.0/0", "::/0"];
 
@@ -209,7 +210,7 @@ impl PrefFlags {
         let v6 = prefs.advertise_routes.iter().any(|net| net.addr().is_ipv6());
         let checked: Result<ForwardingCheck, _> = daemon.get(&format!("check-ip-forwarding?ipv6={v6}")).await;
         for line in checked.iter().flat_map(|check| check.warning.lines()) {
-            eprintln!("Warning: {line}");
+            output::note(format_args!("Warning: {line}"));
         }
     }
 

@@ -171,7 +171,7 @@ impl Up {
                 _ = hints.tick() => {
                     let why = missing(daemon).await;
                     if let Some(text) = why.as_ref().filter(|_| why != said) {
-                        eprintln!("Still waiting: {text}");
+                        output::note(format_args!("Still waiting: {text}"));
                     }
                     said = why;
                     continue;
@@ -199,12 +199,12 @@ impl Up {
             if self.json {
                 output::json(&json!({ "AuthURL": url, "BackendState": State::NeedsLogin.as_str() }))?;
             } else {
-                eprintln!("\nTo sign in, visit:\n\n\t{url}\n");
+                output::note(format_args!("\nTo sign in, visit:\n\n\t{url}\n"));
             }
         }
         match notify.state {
             Some(State::NeedsMachineAuth) => {
-                eprintln!("\nThis node waits for an administrator's approval.\n");
+                output::note("\nThis node waits for an administrator's approval.\n");
                 Ok(false)
             }
             Some(State::Running) => {
