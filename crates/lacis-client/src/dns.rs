@@ -4,11 +4,76 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use lacis_dns::{DnsState, Upstream};
-use lacis_wire::control::DnsResolver;
+use lacis_wire::control::{DnsConfig, DnsResolver, Node};
 
 use crate::host::Routes;
 use crate::netmap::NetMap;
 use crate::routing;
+
+/// What of a map's configuration counts: bounds for lists that a query goes through, far above what networks have.
+const MAX_SEARCH_DOMAINS: usize = 64;
+const MAX_ROUTES: usize = 4096;
+const MAX_RESOLVERS: usize = 16;
+const MAX_EXTRA_RECORDS: usize = 16384;
+/// Lengths of a name and of its labels (RFC 1035, section 2.3.4), without the trailing dot.
+const MAX_NAME: usize = 253;
+const MAX_LABEL: usize = 63;
+
+/// Is this a name that can stand in the host's configuration: letters, digits, hyphens and underscores between dots?
+/// The underscore is no host's (RFC 1123, section 2.1), but services have it (RFC 8552).
+fn is_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=MAX_LABEL).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= MAX_NAME && name.split('.').all(label)
+}
+
+fn without_dot(name: &str) -> &str {
+    name.strip_suffix('.').unwrap_or(name)
+}
+
+/// A node whose name is none has no name.
+pub(crate) fn check_name(node: &mut Node) {
+    if !node.name.is_empty() && !is_name(without_dot(&node.name)) {
+        tracing::warn!(node = %node.id, name = %node.name, "this is not a name of the DNS, and is ignored");
+        node.name.clear();
+    }
+}
+
+/// A configuration as it came, without what is no name and what is too much. Its names go into files and to programs of
+/// the host that take a line break for the beginning of the next setting.
+pub(crate) fn checked(mut config: DnsConfig) -> DnsConfig {
+    let is_good = |what: &str, name: &str| {
+        let good = is_name(without_dot(name));
+        if !good {
+            tracing::warn!(%name, "the network's {what} is not a name of the DNS, and is ignored");
+        }
+        good
+    };
+    config.domains.retain(|name| is_good("search domain", name));
+    config.extra_records.retain(|record| is_good("record", &record.name));
+    // Everything, which no name stands for, may have resolvers of its own.
+    config.routes.retain(|name, _| without_dot(name).is_empty() || is_good("route", name));
+    let counts = [
+        ("search domains", config.domains.len(), MAX_SEARCH_DOMAINS),
+        ("records", config.extra_records.len(), MAX_EXTRA_RECORDS),
+        ("routes", config.routes.len(), MAX_ROUTES),
+    ];
+    for (what, count, most) in counts.into_iter().filter(|(_, count, most)| count > most) {
+        tracing::warn!(count, most, "the network has too many {what}: the first are used");
+    }
+    config.domains.truncate(MAX_SEARCH_DOMAINS);
+    config.extra_records.truncate(MAX_EXTRA_RECORDS);
+    config.routes = std::mem::take(&mut config.routes).into_iter().take(MAX_ROUTES).collect();
+    for resolvers in config.routes.values_mut().chain([&mut config.resolvers, &mut config.fallback_resolvers])
+    {
+        resolvers.truncate(MAX_RESOLVERS);
+    }
+    config
+}
 
 /// The zones of 100.64.0.0/10 and fd7a:115c:a1e0::/48.
 fn reverse_zones() -> impl Iterator<Item = String> {
@@ -115,7 +180,7 @@ pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
 mod tests {
     use super::*;
     use crate::netmap::Session;
-    use lacis_wire::control::{DnsConfig, MapResponse, Node};
+    use lacis_wire::control::{DnsRecord, MapResponse};
     use time::OffsetDateTime;
 
     fn state_of(config: DnsConfig) -> DnsState {
@@ -154,6 +219,71 @@ mod tests {
         let inside = ["10.1.0.53", "198.51.100.53"].map(|ip| ip.parse().unwrap());
         assert_eq!(exit.inside, inside.into(), "neither a LAN's own resolver nor one past the table");
         assert_eq!(exit.resolvers, exit.fallback);
+    }
+
+    #[test]
+    fn what_is_no_name_does_not_reach_the_hosts_configuration() {
+        let record =
+            |name: &str| DnsRecord { name: name.into(), value: "192.0.2.1".into(), ..DnsRecord::default() };
+        let resolver = || vec![DnsResolver { addr: "192.0.2.1".into(), ..DnsResolver::default() }];
+        let bad = [
+            "x\nnameserver 6.6.6.6",
+            "x nameserver",
+            "a..b",
+            ".",
+            "-a.example",
+            "x.example\0",
+            "\u{202e}x",
+            "é.example",
+            &"a".repeat(64),
+            &["a"; 130].join("."),
+        ];
+        let good = ["corp.example", "Corp2.example.", "_srv.a-b.example"];
+        let mut config = DnsConfig { proxied: true, ..DnsConfig::default() };
+        for name in bad.iter().chain(&good) {
+            config.domains.push((*name).into());
+            config.extra_records.push(record(name));
+            config.routes.insert((*name).into(), resolver());
+        }
+        let state = state_of(config);
+        assert_eq!(state.search, ["corp.example", "corp2.example", "_srv.a-b.example"]);
+        let records: Vec<_> = state.extra_records.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(records, ["corp.example", "corp2.example", "_srv.a-b.example"]);
+        let routes: HashSet<_> = state.routes.iter().map(|(name, _)| name.as_str()).collect();
+        // "." is the root.
+        assert_eq!(routes, ["", "corp.example", "corp2.example", "_srv.a-b.example"].into());
+        let os = lacis_dns::os_config(&state).unwrap();
+        let all = os.search.iter().chain(&os.match_domains);
+        assert!(all.clone().all(|name| name.is_empty() || is_name(name)), "{:?}", all.collect::<Vec<_>>());
+
+        let mut node = Node { name: "x\nsearch evil.example.".into(), ..Node::default() };
+        check_name(&mut node);
+        assert_eq!(node.name, "");
+    }
+
+    #[test]
+    fn lists_of_a_map_are_bounded() {
+        let many = |count: usize| (0..count).map(|n| format!("n{n}.example"));
+        let resolvers = vec![DnsResolver { addr: "192.0.2.1".into(), ..DnsResolver::default() }; 1000];
+        let record = |name| DnsRecord { name, value: "192.0.2.1".into(), ..DnsRecord::default() };
+        let config = DnsConfig {
+            domains: many(1000).collect(),
+            extra_records: many(20_000).map(record).collect(),
+            routes: many(5000)
+                .map(|name| (name, Vec::new()))
+                .chain([("n1.example".into(), resolvers.clone())])
+                .collect(),
+            resolvers: resolvers.clone(),
+            fallback_resolvers: resolvers,
+            ..DnsConfig::default()
+        };
+        let config = checked(config);
+        assert_eq!(
+            (config.domains.len(), config.extra_records.len()),
+            (MAX_SEARCH_DOMAINS, MAX_EXTRA_RECORDS)
+        );
+        assert_eq!((config.routes.len(), config.routes["n1.example"].len()), (MAX_ROUTES, MAX_RESOLVERS));
+        assert_eq!((config.resolvers.len(), config.fallback_resolvers.len()), (MAX_RESOLVERS, MAX_RESOLVERS));
     }
 
     #[test]

@@ -13,13 +13,14 @@ mod paths;
 mod pings;
 mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use lacis_dns::Resolver;
+use ipnet::IpNet;
 use lacis_path::Via;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
 use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
@@ -222,6 +223,8 @@ pub(crate) struct Engine {
     /// What the host lacks to route as is wished.
     host_missing: Vec<String>,
 
+    /// Addresses that peers have in the map and that are other nodes'.
+    foreign_addresses: BTreeSet<(NodeId, IpNet)>,
     report: NetcheckReport,
     reports: mpsc::Sender<Measurement>,
     report_inbox: mpsc::Receiver<Measurement>,
@@ -312,6 +315,7 @@ impl Engine {
     pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) -> Result<(), Error> {
         // How this host is connected comes first.
         if let Some(link) = inputs.links.recv().await {
+            foreign_addresses: BTreeSet::new(),
             self.link_news(link);
         }
         self.begin();

@@ -15,6 +15,8 @@ use lacis_wire::control::{
 use lacis_wire::key::{DiscoKey, NodeKey};
 use time::OffsetDateTime;
 
+use crate::{dns, routing};
+
 /// The name under which the old form of a whole filter is kept.
 const BASE_FILTER: &str = "base";
 /// Named packet filters that are kept. Of a further one nothing is allowed.
@@ -186,7 +188,7 @@ impl Session {
             changes.derp_map |= replace(&mut map.derp_map, new);
         }
         if let Some(dns) = frame.dns_config {
-            changes.dns |= replace(&mut map.dns, dns);
+            changes.dns |= replace(&mut map.dns, dns::checked(dns));
         }
         if !frame.domain.is_empty() && frame.domain != map.domain {
             map.domain = frame.domain;
@@ -267,6 +269,8 @@ fn replace<T: PartialEq>(old: &mut Arc<T>, new: T) -> bool {
 
 /// Puts into one place what servers of different age put into two.
 fn normalised(mut node: Node) -> Node {
+    routing::keep_host_addresses(&mut node);
+    dns::check_name(&mut node);
     node.home_derp = node.home_region().unwrap_or(0);
     node.legacy_derp.clear();
     for capability in std::mem::take(&mut node.capabilities) {

@@ -2,11 +2,11 @@
 //! what the firewall must know. Plain functions of the network map, the user's preferences and the networks around
 //! (the client dossier, section 4), so that the same input always gives the same host.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use lacis_wire::control::Node;
+use lacis_wire::control::{Node, NodeId};
 use lacis_wire::local::{Prefs, netfilter_mode};
 
 use crate::host::{Firewall, Mode, Routes};
@@ -53,6 +53,56 @@ pub(crate) fn offers_exit(node: &Node) -> bool {
     node.allowed_ips().iter().any(is_default_route)
 }
 
+/// Leaves a node only addresses that can be a node's own: single ones, none of which means something else on every
+/// host. A network among them would be routed without being asked for (`--accept-routes`).
+pub(crate) fn keep_host_addresses(node: &mut Node) {
+    let (id, name) = (node.id, &node.name);
+    node.addresses.retain(|net| {
+        let good = is_host(net) && is_for_nodes(net.addr());
+        if !good {
+            tracing::warn!(node = %id, %name, address = %net, "this is not the address of a node, and is ignored");
+        }
+        good
+    });
+}
+
+fn is_host(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
+}
+
+fn is_for_nodes(ip: IpAddr) -> bool {
+    let special = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local() || ip.to_ipv4_mapped().is_some(),
+    };
+    !(special || ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || QUAD100.contains(&ip))
+}
+
+/// Whose each address is: this node's own, then the peer's with the lowest id.
+#[derive(Debug)]
+pub(crate) struct Owners(HashMap<IpAddr, NodeId>);
+
+impl Owners {
+    pub(crate) fn new(map: &NetMap) -> Self {
+        let mut owners = HashMap::new();
+        for node in std::iter::once(&map.node).chain(map.peers.values()) {
+            for net in &node.addresses {
+                owners.entry(net.addr()).or_insert(node.id);
+            }
+        }
+        Self(owners)
+    }
+
+    /// The addresses among `nets` that a peer has no right to: another node's, and the resolver's.
+    pub(crate) fn foreign<'a>(&self, peer: &Node, nets: &'a [IpNet]) -> impl Iterator<Item = &'a IpNet> {
+        let id = peer.id;
+        nets.iter().filter(move |net| {
+            let owner = self.0.get(&net.addr());
+            is_host(net) && (QUAD100.contains(&net.addr()) || owner.is_some_and(|owner| *owner != id))
+        })
+    }
+}
+
 /// Which of a peer's allowed IPs this node takes: its own addresses, its subnets if the user accepts routes,
 /// everything if it is the exit node.
 pub(crate) fn accepted_ips(node: &Node, prefs: &Prefs) -> Vec<IpNet> {
@@ -88,6 +138,8 @@ pub(crate) fn host_routes(map: &NetMap, prefs: &Prefs, lan: &Lan) -> Routes {
     let own: BTreeSet<IpNet> =
         prefs.advertise_routes.iter().filter(|net| !is_default_route(net)).map(IpNet::trunc).collect();
     device.retain(|net| nodes.contains(net) || !own.contains(net));
+    // Packets to this node itself never leave it.
+    device.retain(|net| !map.node.addresses.contains(net));
     thrown.extend(own.iter().filter(|own| device.iter().any(|net| net.contains(*own))));
     thrown.retain(|net| !nodes.contains(net));
     device.retain(|net| !thrown.contains(net));
@@ -129,7 +181,7 @@ pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, ports: (u16, u16)) -> Firewa
 mod tests {
     use super::*;
     use crate::netmap::Session;
-    use lacis_wire::control::{MapResponse, NodeId};
+    use lacis_wire::control::MapResponse;
     use time::OffsetDateTime;
 
     fn nets(texts: &[&str]) -> Vec<IpNet> {
@@ -190,6 +242,62 @@ mod tests {
         assert_eq!(count(&Prefs { route_all: true, ..Prefs::default() }), 4);
         assert_eq!(count(&exit()), 3);
         assert_eq!(count(&Prefs { exit_node_ip: "100.64.0.7".into(), ..Prefs::default() }), 3);
+    }
+
+    #[test]
+    fn networks_and_special_addresses_are_no_addresses_of_a_node() {
+        let mut node = Node {
+            addresses: nets(&[
+                "100.64.0.9/32",
+                "0.0.0.0/1",
+                "10.0.0.0/8",
+                "fd7a:115c:a1e0::9/128",
+                "2001:db8::/64",
+                "100.100.100.100/32",
+                "fd7a:115c:a1e0::53/128",
+                "127.0.0.1/32",
+                "::1/128",
+                "169.254.169.254/32",
+                "224.0.0.1/32",
+                "0.0.0.0/32",
+                "::ffff:10.0.0.1/128",
+            ]),
+            ..Node::default()
+        };
+        keep_host_addresses(&mut node);
+        assert_eq!(node.addresses, nets(&["100.64.0.9/32", "fd7a:115c:a1e0::9/128"]));
+    }
+
+    #[test]
+    fn a_network_among_addresses_is_not_routed_without_being_asked_for() {
+        let greedy = nets(&["100.64.0.7/32", "0.0.0.0/1", "192.0.2.0/24"]);
+        let peer = Node { addresses: greedy.clone(), allowed_ips: Some(greedy), ..router() };
+        let own = Node { addresses: nets(&["100.64.0.1/32", "198.51.100.0/24"]), ..Node::default() };
+        let frame = MapResponse { node: Some(own), peers: vec![peer], ..MapResponse::default() };
+        let mut session = Session::default();
+        session.apply(frame, OffsetDateTime::UNIX_EPOCH).unwrap();
+        let map = session.map().unwrap();
+        assert_eq!(map.node.addresses, nets(&["100.64.0.1/32"]));
+        let routes = host_routes(map, &Prefs::default(), &lan());
+        assert_eq!(routes.device, nets(&["100.64.0.7/32", "100.100.100.100/32"]));
+        assert_eq!(accepted_ips(&map.peers[&NodeId(7)], &Prefs::default()), nets(&["100.64.0.7/32"]));
+    }
+
+    #[test]
+    fn an_address_belongs_to_one_node_and_first_to_this_one() {
+        let mut map = map();
+        let thief =
+            Node { id: NodeId(9), addresses: nets(&["100.64.0.8/32", "100.64.0.9/32"]), ..Node::default() };
+        map.peers.insert(thief.id, thief.clone().into());
+        let claims =
+            nets(&["100.64.0.1/32", "100.64.0.8/32", "100.64.0.9/32", "100.100.100.100/32", "10.1.0.0/16"]);
+        let owners = Owners::new(&map);
+        let foreign: Vec<_> = owners.foreign(&thief, &claims).copied().collect();
+        assert_eq!(foreign, nets(&["100.64.0.1/32", "100.64.0.8/32", "100.100.100.100/32"]));
+        assert_eq!(owners.foreign(&map.peers[&NodeId(8)], &claims[1..2]).count(), 0, "the first keeps it");
+        let own = nets(&["100.64.0.1/32"]);
+        map.peers.insert(NodeId(9), Node { addresses: own.clone(), ..thief }.into());
+        assert!(!has(&host_routes(&map, &Prefs::default(), &lan()).device, "100.64.0.1/32"));
     }
 
     #[test]

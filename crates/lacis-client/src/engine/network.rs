@@ -1,7 +1,7 @@
 //! The network map, made true: peers and filter in the tunnel, relays, names in the resolver, addresses and routes on
 //! the host. Each part is told its whole state and changes only the difference, so telling it twice does nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -16,7 +16,7 @@ use super::Engine;
 use crate::dns;
 use crate::host::HostState;
 use crate::netmap::{Changes, NetMap, is_expired};
-use crate::routing;
+use crate::routing::{self, Owners};
 
 /// A peer without path discovery is kept reachable by WireGuard itself.
 const WIREGUARD_ONLY_KEEPALIVE: u16 = 25;
@@ -185,13 +185,21 @@ impl Engine {
         let live = || map.peers.values().filter(|node| !is_expired(node, now) && !node.key.is_zero());
         let homes: HashMap<NodeKey, u16> = live().map(|node| (node.key, node.home_derp)).collect();
         self.relays.set_peers(homes);
-        let config = |node: &Arc<Node>| PeerConfig {
-            key: node.key,
-            allowed_ips: routing::accepted_ips(node, &self.saved.prefs),
-            jailed: node.is_jailed,
-            persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
+        let owners = Owners::new(map);
+        let mut foreign = BTreeSet::new();
+        let mut config = |node: &Arc<Node>| {
+            let mut allowed_ips = routing::accepted_ips(node, &self.saved.prefs);
+            let refused: Vec<IpNet> = owners.foreign(node, &allowed_ips).copied().collect();
+            allowed_ips.retain(|net| !refused.contains(net));
+            foreign.extend(refused.into_iter().map(|net| (node.id, net)));
+            PeerConfig {
+                key: node.key,
+                allowed_ips,
+                jailed: node.is_jailed,
+                persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
+            }
         };
-        self.tunnel.set_peers(live().map(config).collect());
+        self.tunnel.set_peers(live().map(&mut config).collect());
         let place = |node: &Arc<Node>| lacis_path::Peer {
             key: node.key,
             disco: node.disco_key.is_some(),
@@ -200,6 +208,10 @@ impl Engine {
             wireguard_only: node.is_wireguard_only,
         };
         let peers = live().map(place).collect();
+        for (id, address) in foreign.difference(&self.foreign_addresses) {
+            tracing::warn!(node = %id, %address, "this address is another node's; for this peer it is ignored");
+        }
+        self.foreign_addresses = foreign;
         self.tell_peers(peers);
     }
 
