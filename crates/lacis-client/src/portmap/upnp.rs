@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HOST};
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::Full;
-use roxmltree::{Document, Node};
+use roxmltree::{Document, Node, ParsingOptions};
 use socket2::SockRef;
 use tokio::time::timeout;
 
@@ -35,6 +35,9 @@ const SERVICES: [&str; 3] = [
     "urn:schemas-upnp-org:service:WANIPConnection:1",
     "urn:schemas-upnp-org:service:WANPPPConnection:1",
 ];
+/// Parts of a router's XML, and services of it that are asked one after the other. Real ones have a few hundred and two.
+const MAX_NODES: u32 = 16384;
+const MAX_SERVICES: usize = 4;
 /// What users see in their router's list.
 const DESCRIPTION: &str = "lacis";
 /// The external ports tried when others have them already.
@@ -132,13 +135,18 @@ fn location(answer: &[u8]) -> Option<Uri> {
     (location.scheme_str() == Some("http")).then_some(location)
 }
 
+/// Neither a document type nor entities are read.
+fn parse(text: &str) -> Result<Document<'_>, roxmltree::Error> {
+    Document::parse_with_options(text, ParsingOptions { nodes_limit: MAX_NODES, ..ParsingOptions::default() })
+}
+
 fn text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
     node.descendants().find(|child| child.tag_name().name() == name)?.text().map(str::trim)
 }
 
 /// The services of a description that map ports, the best first.
 fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Service>, UpnpError> {
-    let document = Document::parse(description).map_err(strange)?;
+    let document = parse(description).map_err(strange)?;
     // Old descriptions say what their paths are relative to.
     let base = text(document.root(), "URLBase").filter(|base| !base.is_empty()).unwrap_or(path);
     let mut found = Vec::new();
@@ -152,6 +160,7 @@ fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Servi
         }
     }
     found.sort_by_key(|service| SERVICES.iter().position(|known| *known == service.kind));
+    found.truncate(MAX_SERVICES);
     Ok(found)
 }
 
@@ -213,7 +222,7 @@ impl Service {
     /// The router's address on the far side.
     pub(super) async fn external_ip(&self, fwmark: Option<u32>) -> Result<Ipv4Addr, UpnpError> {
         let answer = self.call(fwmark, "GetExternalIPAddress", &[]).await?;
-        let document = Document::parse(&answer).map_err(strange)?;
+        let document = parse(&answer).map_err(strange)?;
         let ip = text(document.root(), "NewExternalIPAddress").and_then(|ip| ip.parse::<Ipv4Addr>().ok());
         ip.filter(|ip| super::is_possible(*ip)).ok_or_else(|| strange("it has no external address"))
     }
@@ -287,7 +296,7 @@ fn envelope(service: &str, action: &str, arguments: &[(&str, &str)]) -> String {
 
 /// The error code of a SOAP fault.
 fn refusal(answer: &str) -> Option<Refused> {
-    let document = Document::parse(answer).ok()?;
+    let document = parse(answer).ok()?;
     text(document.root(), "errorCode")?.parse().ok().map(Refused)
 }
 
@@ -340,6 +349,20 @@ mod tests {
         assert_eq!(one("<URLBase>http://10.9.9.9:81/b/</URLBase>", "c"), at(81, "/b/c"));
         assert_eq!(services(&description("", "urn:other", "/x"), AT, "/").unwrap(), []);
         assert!(services("<no", AT, "/").is_err());
+    }
+
+    #[test]
+    fn a_description_decides_neither_memory_nor_how_long_is_asked() {
+        let service = format!(
+            "<service><serviceType>{}</serviceType><controlURL>/c</controlURL></service>",
+            SERVICES[0]
+        );
+        let many = description(&service.repeat(1000), SERVICES[1], "/c");
+        assert_eq!(services(&many, AT, "/").unwrap().len(), MAX_SERVICES);
+        assert!(services(&format!("<a>{}</a>", "<b/>".repeat(MAX_NODES as usize)), AT, "/").is_err());
+        let deep = "<a>".repeat(100_000) + &"</a>".repeat(100_000);
+        assert!(services(&deep, AT, "/").is_err());
+        assert!(services("<!DOCTYPE a [<!ENTITY b \"c\">]><a>&b;</a>", AT, "/").is_err());
     }
 
     #[test]
