@@ -1,4 +1,5 @@
-"""The life of a node: how it joins, is renamed, expires, logs out and in, and is deleted."""
+"""The life of a node: how it joins, is renamed, expires, logs out and in, and is deleted. Logouts also in a network of
+Headscale, where its program is given."""
 
 import json
 
@@ -15,10 +16,34 @@ def new_key(machine, flags=""):
     machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
 
 
-def up(machine, flags=""):
+def up(machine, flags="", url=URL):
     machine.succeed(
-        f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=20s {flags}", timeout=30
+        f"lacis up --login-server={url} --auth-key=file:/tmp/auth-key --timeout=20s {flags}", timeout=30
     )
+
+
+def node(name):
+    """What the coordinator has of a node; nothing when it has none."""
+    found = [node for node in json.loads(admin("nodes list --json")) if node["name"] == name]
+    return found[0] if found else None
+
+
+def log_out(machine):
+    """Logs out, and says how long that took and what the machine was warned of."""
+    began = time.monotonic()
+    said = machine.succeed("lacis logout 2>&1", timeout=20)
+    log.info(f"      {machine.name} logged out after {time.monotonic() - began:.2f} s")
+    assert status(machine)["BackendState"] == "NeedsLogin"
+    return said
+
+
+def start_from_copy(machine):
+    """Puts the copy of the state directory back that was made before the logout."""
+    machine.systemctl("stop lacisd.service")
+    machine.succeed("rm -rf /var/lib/lacis/* && cp -a /tmp/copy/. /var/lib/lacis/")
+    machine.systemctl("start lacisd.service")
+    machine.wait_for_unit("lacisd.service", timeout=30)
+    wait_for(lambda: status(machine)["BackendState"] == "NeedsLogin", f"the copy of {machine.name} has to log in")
 
 
 start_all()
@@ -95,11 +120,47 @@ with subtest("down and up"):
     alice.succeed("lacis up", timeout=30)
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=5)
 
-with subtest("logout, and a login with a new key"):
-    alice.succeed("lacis logout", timeout=20)
-    wait_for(lambda: status(alice)["BackendState"] == "NeedsLogin", "alice is logged out")
+with subtest("logout expires the node's key at once, and a login with a new key heals it"):
+    alice.succeed("rm -rf /tmp/copy && cp -a /var/lib/lacis /tmp/copy")
+    assert log_out(alice) == "", "there is nothing to warn of"
+    assert node("alice")["expired"], node("alice")
+    wait_for(lambda: peers(bob)["alice"].get("Expired"), "bob knows that alice's key has expired")
     bob.fail(f"ping -c 1 -W 2 {address}")
     alice.fail(f"lacis up --login-server={URL} --auth-key=file:/tmp/auth-key --timeout=5s", timeout=20)
+
+with subtest("an old copy of the state does not run on"):
+    start_from_copy(alice)
+    bob.fail(f"ping -c 1 -W 2 {address}")
+    assert node("alice")["expired"], node("alice")
+    new_key(alice)
+    up(alice)
+    bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
+
+with subtest("logout deletes an ephemeral node at once, and a copy of it does not run on"):
+    guest.start()
+    guest.wait_for_unit("lacisd.service", timeout=30)
+    new_key(guest, "--ephemeral")
+    up(guest, "--force-reauth")
+    wait_for(lambda: "guest" in peers(bob), "bob sees guest")
+    guest.succeed("rm -rf /tmp/copy && cp -a /var/lib/lacis /tmp/copy")
+    assert log_out(guest) == ""
+    assert node("guest") is None, node("guest")
+    wait_for(lambda: "guest" not in peers(bob), "bob no longer sees guest")
+    start_from_copy(guest)
+    assert node("guest") is None, node("guest")
+
+with subtest("a logout while the coordinator is away is made good when it is back"):
+    hub.systemctl("stop lacis-coordinator.service")
+    said = log_out(alice)
+    assert "could not be reached" in said and URL in said, said
+    assert any("could not be reached" in line for line in status(alice)["Health"]), status(alice)["Health"]
+    # It is kept over a restart.
+    alice.systemctl("restart lacisd.service")
+    alice.wait_for_unit("lacisd.service", timeout=30)
+    hub.systemctl("start lacis-coordinator.service")
+    hub.wait_for_unit("lacis-coordinator.service", timeout=30)
+    wait_for(lambda: node("alice")["expired"], "alice's key is expired", timeout=60)
+    wait_for(lambda: not status(alice)["Health"], "alice knows that it is", timeout=15)
     new_key(alice)
     up(alice)
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
@@ -112,3 +173,49 @@ with subtest("a deleted node is gone, and joins as a new one"):
     up(alice)
     wait_for(lambda: "alice" in peers(bob), "bob sees the new alice")
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
+
+if present("hs"):
+
+    def headscale(command):
+        return json.loads(hs.succeed(f"headscale {command} -o json", timeout=20))
+
+    def enter_headscale(machine, flags=""):
+        key = headscale(f"preauthkeys create --user {user} --expiration 1h {flags}")["key"]
+        machine.succeed(f"umask 077; printf %s {key} > /tmp/auth-key")
+        up(machine, "--force-reauth", "https://hs.example.org")
+
+    def known_to_headscale():
+        """The nodes of Headscale by their names. 0.29 and older say `given_name`."""
+        found = headscale("nodes list") or []
+        return {node.get("givenName", node.get("given_name")): node for node in found}
+
+    def has_expired(node):
+        """`expiry` is a time as text, or one of protobuf; in the past from the logout on."""
+        expiry = node.get("expiry")
+        seconds = expiry.get("seconds", 0) if isinstance(expiry, dict) else 0
+        if isinstance(expiry, str):
+            seconds = float(hs.succeed(f"date -d '{expiry}' +%s").strip())
+        # Go's zero time is no expiry.
+        return 0 < seconds <= clock(hs) + 1
+
+    with subtest("two nodes go over to Headscale, and their old network knows that they have left"):
+        hs.wait_for_unit("headscale.service", timeout=30)
+        hs.wait_for_open_unix_socket("/run/headscale/headscale.sock", timeout=30)
+        user = headscale("users create family")["id"]
+        enter_headscale(alice)
+        wait_for(lambda: node("alice")["expired"], "the coordinator knows that alice has left", timeout=30)
+        enter_headscale(guest, "--ephemeral")
+        wait_for(lambda: "guest" in peers(alice), "alice sees guest")
+
+    with subtest("a logout deletes an ephemeral node at Headscale, and expires another"):
+        for machine in (alice, guest):
+            machine.succeed("rm -rf /tmp/copy && cp -a /var/lib/lacis /tmp/copy")
+        assert log_out(guest) == ""
+        assert "guest" not in known_to_headscale()
+        assert log_out(alice) == ""
+        assert has_expired(known_to_headscale()["alice"]), known_to_headscale()["alice"]
+
+    with subtest("old copies do not run on at Headscale"):
+        for machine in (alice, guest):
+            start_from_copy(machine)
+        assert "guest" not in known_to_headscale()

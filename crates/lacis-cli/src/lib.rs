@@ -32,7 +32,7 @@ enum Command {
     Up(node::up::Up),
     /// Disconnect; the login stays
     Down(node::down::Down),
-    /// Disconnect and forget the login
+    /// Disconnect and end the login, at the coordinator too
     Logout,
     /// Change preferences
     Set(node::set::Set),
@@ -95,7 +95,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
     match arguments.command {
         Command::Up(up) => up.run(&daemon).await,
         Command::Down(down) => down.run(&daemon).await,
-        Command::Logout => Ok(daemon.post_empty("logout").await?),
+        Command::Logout => Ok(node::logout(&daemon).await?),
         Command::Set(set) => set.run(&daemon).await,
         Command::Get(get) => get.run(&daemon).await,
         Command::Status(status) => status.run(&daemon).await,

@@ -21,6 +21,7 @@ use lacis_wire::local::{self, MaskedPrefs, PeerStatus, Prefs, Status};
 use serde::Serialize;
 
 use crate::http::{Error, Server};
+use crate::output;
 
 /// The daemon.
 #[derive(Clone, Debug)]
@@ -66,6 +67,15 @@ impl Daemon {
         let body = lacis_wire::control::to_json(change);
         self.0.json(Method::PATCH, &format!("{}prefs", local::PREFIX), body).await
     }
+}
+
+/// `lacis logout`. Says what the daemon could not do: a key that the coordinator has not expired.
+pub(crate) async fn logout(daemon: &Daemon) -> Result<(), Error> {
+    daemon.post_empty("logout").await?;
+    for problem in daemon.status(false).await?.health {
+        output::note(format_args!("Warning: {problem}"));
+    }
+    Ok(())
 }
 
 /// A node's short name: the first label, or the host's own name where it has none.

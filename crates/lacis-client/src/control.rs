@@ -22,7 +22,9 @@ use lacis_wire::control::{
 use lacis_wire::io::{ControlClient, ControlDialer, DialError};
 use lacis_wire::key::{DiscoKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::mapframe::{self, Compression};
-use tokio::sync::{Notify, mpsc, watch};
+use lacis_wire::text;
+use serde::de::DeserializeOwned;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
@@ -38,8 +40,12 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// A session that lasted this long makes the next pauses short again; a server that ends each soon is spared.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
-/// Events that may wait for the engine; the stream is read no further then.
-const EVENTS: usize = 16;
+/// Events that may wait for the engine; the stream is read no further then. Few, since one can be a whole map.
+const MAX_EVENTS: usize = 2;
+/// Pings of the server that are answered at a time; more are dropped.
+const MAX_PINGS: usize = 4;
+/// From the name of the server to its answer that the key has expired; the user waits for it.
+const LOGOUT: Duration = Duration::from_secs(10);
 
 /// A pre-auth key: not printed, and wiped when it is used up.
 #[derive(Clone)]
@@ -68,6 +74,8 @@ pub(crate) struct ControlConfig {
     pub auth_key: Option<AuthKey>,
     /// As found the last time.
     pub server_key: Option<MachineKey>,
+    /// The server may have another key, also over http: the user said so.
+    pub accept_new_key: bool,
     pub server_address: Option<IpAddr>,
     pub fwmark: Option<u32>,
 }
@@ -142,7 +150,7 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn start(config: ControlConfig, announcement: Announcement) -> Self {
-        let (events, receiver) = mpsc::channel(EVENTS);
+        let (events, receiver) = mpsc::channel(MAX_EVENTS);
         let (announce, announcement) = watch::channel(announcement);
         let moved = Arc::new(Notify::new());
         let task = Task { config, events, announcement, registered: false };
@@ -165,17 +173,38 @@ impl Control {
     }
 }
 
-/// Tells the server that this node leaves, so that its key is worth nothing any more.
-pub(crate) async fn logout(config: ControlConfig, hostinfo: Hostinfo) -> Result<(), String> {
+/// Why the server has not expired a node's key.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LogoutError {
+    /// Another attempt may succeed.
+    #[error("{0}")]
+    Unreachable(String),
+    #[error("the control server refuses it: {0}")]
+    Refused(String),
+}
+
+/// Asks the server to expire this node's key, or to delete the node if it is ephemeral. A key that the server does not
+/// know is as good as expired.
+pub(crate) async fn logout(config: ControlConfig, hostinfo: Hostinfo) -> Result<(), LogoutError> {
     let work = async {
-        let client = connect(&config, None).await.map_err(|error| chain(&error))?.0;
+        // Dropping the handle would close the connection.
+        let (client, _connection, _) = connect(&config, config.server_key).await?;
         let request = RegisterRequest {
             expiry: time::OffsetDateTime::from_unix_timestamp(123).ok(),
             ..register_request(&config, hostinfo, String::new())
         };
-        post_register(&client, &request).await.map(drop).map_err(|error| error.to_string())
+        post_register(&client, &request).await
     };
-    timeout(REPLY, work).await.unwrap_or_else(|_| Err("the control server does not answer".to_owned()))
+    match timeout(LOGOUT, work).await.unwrap_or(Err(Broken::Late("the logout"))) {
+        Ok(reply) if reply.error.is_empty() => Ok(()),
+        Ok(reply) => Err(LogoutError::Refused(reply.error)),
+        Err(Broken::Status { status, text, .. })
+            if status.is_client_error() && status != StatusCode::TOO_MANY_REQUESTS =>
+        {
+            Err(LogoutError::Refused(format!("status {status}{}", after_colon(&text))))
+        }
+        Err(error) => Err(LogoutError::Unreachable(chain(&error))),
+    }
 }
 
 /// Why a session ended.
@@ -212,6 +241,8 @@ impl Broken {
     /// Can only a person heal it?
     fn is_hopeless(&self) -> bool {
         match self {
+            // A connection that breaks says less.
+            Self::Dial(DialError::KeyUnproven { source, .. }) => matches!(**source, DialError::Noise { .. }),
             Self::Dial(error) => matches!(
                 error,
                 DialError::Url { .. }
@@ -257,7 +288,8 @@ impl Pauses {
 
 fn dialer(config: &ControlConfig) -> Result<ControlDialer, DialError> {
     let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?;
-    Ok(dialer.fwmark(config.fwmark).fallback_addresses(config.server_address.into_iter().collect()))
+    let fallback = config.server_address.into_iter().collect();
+    Ok(dialer.fwmark(config.fwmark).fallback_addresses(fallback).accept_new_key(config.accept_new_key))
 }
 
 async fn connect(
@@ -265,10 +297,7 @@ async fn connect(
     known: Option<MachineKey>,
 ) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, SocketAddr), Broken> {
     let dialer = dialer(config)?;
-    let stream = match dialer.dial(known).await {
-        Err(error) if known.is_some() && error.suspects_key() => dialer.dial(None).await?,
-        other => other?,
-    };
+    let stream = dialer.dial(known).await?;
     let address = stream.address;
     let (client, connection) = ControlClient::new(dialer.url(), stream).await?;
     Ok((client, AbortOnDropHandle::new(connection), address))
@@ -298,8 +327,15 @@ async fn post_register(
     const DOING: &str = "the registration";
     let reply = client.post("/machine/register", to_json(request)).await?;
     let reply = successful(reply, DOING).await?;
-    let body = body(reply, DOING).await?;
-    serde_json::from_slice(&body).map_err(|error| Broken::Garbage { doing: DOING, why: error.to_string() })
+    decode(&body(reply, DOING).await?, DOING)
+}
+
+/// A message of the server. Its texts are made plain here, once for all that show or log them.
+fn decode<T: DeserializeOwned>(message: &[u8], doing: &'static str) -> Result<T, Broken> {
+    let garbage = |why: String| Broken::Garbage { doing, why };
+    let message = std::str::from_utf8(message).map_err(|error| garbage(error.to_string()))?;
+    let message = text::plain_json(message).map_err(|error| garbage(error.to_string()))?;
+    serde_json::from_str(&message).map_err(|error| garbage(text::plain(&error.to_string()).into_owned()))
 }
 
 async fn body(reply: http::Response<Incoming>, doing: &'static str) -> Result<Bytes, Broken> {
@@ -323,6 +359,7 @@ async fn successful(
     let text = body(reply, doing).await.unwrap_or_default();
     let text: String =
         String::from_utf8_lossy(&text).lines().next().unwrap_or_default().chars().take(200).collect();
+    let text = text::plain(&text).into_owned();
     Err(Broken::Status { doing, status, text, retry_after })
 }
 
@@ -368,7 +405,6 @@ impl Task {
                         self.registered = false;
                     }
                 }
-                Broken::Dial(error) if error.suspects_key() => known = None,
                 _ => {}
             }
             if self.tell(ControlEvent::Trouble { error: text, hopeless }).await.is_err() {
@@ -386,6 +422,8 @@ impl Task {
         let started = Instant::now();
         let (client, _connection, address) = connect(&self.config, *known).await?;
         *known = Some(client.server_key());
+        // Accepted once: from now on this key counts.
+        self.config.accept_new_key = false;
         tracing::info!(url = %self.config.url, %address, took = ?started.elapsed(), "connected to the control server");
         self.tell(ControlEvent::Connected { server_key: client.server_key(), address }).await?;
         if !self.registered {
@@ -464,6 +502,7 @@ impl Task {
         self.tell(ControlEvent::StreamStarted).await?;
         let garbage = |why: String| Broken::Garbage { doing: DOING, why };
         let mut decoder = mapframe::Decoder::new(Compression::Zstd);
+        let pings = Arc::new(Semaphore::new(MAX_PINGS));
         let mut last_ping = String::new();
         loop {
             let piece = timeout(STREAM_SILENCE, body.frame()).await.map_err(|_| Broken::Silent)?;
@@ -471,13 +510,13 @@ impl Task {
             let Ok(piece) = piece?.into_data() else { continue };
             decoder.push(&piece);
             while let Some(message) = decoder.next_message().map_err(|error| garbage(error.to_string()))? {
-                let mut frame: MapResponse =
-                    serde_json::from_slice(&message).map_err(|error| garbage(error.to_string()))?;
+                let mut frame: MapResponse = decode(&message, DOING)?;
                 if let Some(request) = frame.ping_request.take()
                     && request.url != last_ping
+                    && let Ok(place) = Arc::clone(&pings).try_acquire_owned()
                 {
                     last_ping.clone_from(&request.url);
-                    tokio::spawn(ping::answer(client.clone(), dialer(&self.config)?, request));
+                    tokio::spawn(ping::answer(client.clone(), dialer(&self.config)?, request, place));
                 }
                 if !*had_map && !frame.keep_alive {
                     if frame.node.is_none() {
@@ -511,29 +550,4 @@ impl Task {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use lacis_wire::control::NetInfo;
-
-    fn announcement(edit: impl FnOnce(&mut NetInfo)) -> Announcement {
-        let mut info = NetInfo { preferred_derp: 7, ..NetInfo::default() };
-        edit(&mut info);
-        let hostinfo = Hostinfo { net_info: Some(info), ..Hostinfo::default() };
-        Announcement { hostinfo, ..Announcement::default() }
-    }
-
-    #[test]
-    fn latencies_alone_are_no_news() {
-        let told = announcement(|_| {});
-        let measured = announcement(|info| info.derp_latency = [("7-v4".to_owned(), 0.01)].into());
-        assert!(!measured.differs_from(&told));
-        assert!(announcement(|info| info.preferred_derp = 8).differs_from(&told));
-        assert!(announcement(|info| info.working_udp = Some(true)).differs_from(&told));
-        assert!(Announcement::default().differs_from(&told));
-    }
-
-    #[test]
-    fn an_auth_key_is_not_printed() {
-        assert_eq!(format!("{:?}", AuthKey::new("secret".to_owned())), "[redacted]");
-    }
-}
+mod tests;

@@ -2,11 +2,12 @@
 //!
 //! Whatever happens (a frame of the map stream, a command of the local API, a relay that connects, a ping) comes in
 //! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
-//! is announced, which state users see, what is saved. The parts: [`login`] (who we are to the control server),
+//! is announced, which state users see, what is saved. The parts: [`login`] and [`logout`] (who we are to the control server),
 //! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host, and
 //! where home is), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
 
 mod login;
+mod logout;
 mod measure;
 mod network;
 mod paths;
@@ -19,8 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use lacis_dns::Resolver;
 use ipnet::IpNet;
+use lacis_dns::Resolver;
 use lacis_path::Via;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
 use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
@@ -47,6 +48,7 @@ use crate::portmap::PortMap;
 use crate::relays::{RelayNews, Relays};
 use crate::state::{Saved, StateDir};
 use login::Login;
+use logout::{Logouts, Outcome};
 use measure::{Measurement, NetcheckRuns};
 use paths::Reflections;
 use pings::Pings;
@@ -202,6 +204,10 @@ pub(crate) struct Engine {
     control: Option<Control>,
     /// A login that is under way.
     login: Option<Login>,
+    logouts: Logouts,
+    logout_outcomes: mpsc::Receiver<Outcome>,
+    /// The user accepts another key of the control server, once.
+    accept_new_key: bool,
     /// Where a person must sign in.
     auth_url: Option<String>,
     /// Why the control server cannot be reached, or refuses us.
@@ -217,14 +223,14 @@ pub(crate) struct Engine {
     map_saved: Option<Instant>,
     /// Nodes whose keys had expired when it was looked last.
     expired: Vec<NodeId>,
+    /// Addresses that peers have in the map and that are other nodes'.
+    foreign_addresses: BTreeSet<(NodeId, IpNet)>,
     /// Whether the host is as it was told to be.
     host_ready: bool,
     host_trouble: Option<String>,
     /// What the host lacks to route as is wished.
     host_missing: Vec<String>,
 
-    /// Addresses that peers have in the map and that are other nodes'.
-    foreign_addresses: BTreeSet<(NodeId, IpNet)>,
     report: NetcheckReport,
     reports: mpsc::Sender<Measurement>,
     report_inbox: mpsc::Receiver<Measurement>,
@@ -258,6 +264,7 @@ impl Engine {
     pub(crate) fn new(parts: Parts) -> Self {
         let (reports, report_inbox) = mpsc::channel(4);
         let (early, early_inbox) = mpsc::channel(16);
+        let (logouts, logout_outcomes) = Logouts::new();
         let on_disk = encoded(&parts.saved);
         let own_key = parts.saved.node_key.as_ref().map(|key| key.public()).unwrap_or_default();
         Self {
@@ -276,6 +283,9 @@ impl Engine {
             fwmark: parts.fwmark,
             control: None,
             login: None,
+            logouts,
+            logout_outcomes,
+            accept_new_key: false,
             auth_url: None,
             trouble: None,
             retry_at: None,
@@ -305,6 +315,7 @@ impl Engine {
             announced_home: 0,
             relay_trouble: BTreeMap::new(),
             expired: Vec::new(),
+            foreign_addresses: BTreeSet::new(),
             pings: Pings::default(),
             state: State::NoState,
             was_ready: false,
@@ -315,7 +326,6 @@ impl Engine {
     pub(crate) async fn run(mut self, mut inputs: Inputs, stop: CancellationToken) -> Result<(), Error> {
         // How this host is connected comes first.
         if let Some(link) = inputs.links.recv().await {
-            foreign_addresses: BTreeSet::new(),
             self.link_news(link);
         }
         self.begin();
@@ -351,8 +361,12 @@ impl Engine {
                     continue;
                 }
                 Some(measurement) = self.report_inbox.recv() => self.measured(measurement),
+                Some(outcome) = self.logout_outcomes.recv() => self.logout_outcome(outcome),
                 Some(seen) = self.early_inbox.recv() => self.seen_early(seen),
-                Some(link) = inputs.links.recv() => self.link_news(link),
+                Some(link) = inputs.links.recv() => {
+                    self.link_news(link);
+                    self.retry_logouts_now();
+                }
                 Ok(()) = self.mapped.changed() => self.tell_local(),
                 Some(news) = inputs.host_news.recv() => self.host_news(news),
                 _ = tick.tick() => self.tick(),
@@ -395,10 +409,7 @@ impl Engine {
             Command::EditPrefs { change, reply } => drop(reply.send(self.edit_prefs(&change))),
             Command::CheckPrefs { prefs, reply } => drop(reply.send(login::check_prefs(&prefs))),
             Command::Start { options, reply } => drop(reply.send(self.start(*options))),
-            Command::LoginInteractive { reply } => {
-                self.login_interactive();
-                drop(reply.send(Ok(())));
-            }
+            Command::LoginInteractive { reply } => drop(reply.send(self.login_interactive())),
             Command::Logout { reply } => self.logout(reply),
             Command::WhoIs { who, reply } => drop(reply.send(self.who_is(who).map(Box::new))),
             Command::Ping { ip, kind, reply } => self.ping(ip, kind, reply),
@@ -464,6 +475,7 @@ impl Engine {
         relay_trouble.retain(|region, _| relays.is_open(*region));
         self.pings.forget_abandoned();
         self.follow_expiry();
+        self.retry_logouts();
         if self.map_saved.is_none_or(|at| at.elapsed() >= SAVE_MAP) {
             self.save_map();
         }

@@ -10,6 +10,8 @@ use lacis_client::{Error, Options, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt as _;
+use tracing_subscriber::fmt::format;
 
 /// Joins this machine to a mesh. `lacis up` tells it which.
 #[derive(Debug, Parser)]
@@ -57,7 +59,21 @@ fn main() -> ExitCode {
         }
     };
     let terminal = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
+    // Peers, relays and servers have a say in what is logged: it is text, and one line.
+    let fields = format::debug_fn(|writer, field, value| {
+        let text = format!("{value:?}");
+        let text = lacis_wire::text::plain(&text);
+        match field.name() {
+            "message" => write!(writer, "{text}"),
+            name => write!(writer, "{name}={text}"),
+        }
+    });
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .fmt_fields(fields.delimited(" "))
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .init();
     // Two threads do: the packets have their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let result = match runtime {

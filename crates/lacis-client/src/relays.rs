@@ -18,10 +18,13 @@ use lacis_tunnel::{RelayOutput, Tunnel};
 use lacis_wire::control::DerpMap;
 use lacis_wire::disco;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
+use lacis_wire::text;
 use tokio::sync::mpsc;
 
 /// A connection that is not home and unused for this long is closed.
 const IDLE: Duration = Duration::from_mins(1);
+/// Connections at a time, whatever the map says of where peers are at home.
+const MAX_CONNECTIONS: usize = 32;
 /// Places for news that disco messages leave to other events.
 const KEPT_FOR_EVENTS: usize = 64;
 /// Batches taken from the tunnel at once.
@@ -169,6 +172,7 @@ impl Relays {
             dial: self.0.dial.clone(),
             send_queue_bytes: SEND_QUEUE_BYTES,
         };
+        make_room(&mut state.clients, state.home);
         let client = RelayClient::start(config, Arc::new(Handler(Arc::downgrade(&self.0))));
         state.clients.insert(region, client);
     }
@@ -231,6 +235,31 @@ impl Relays {
     }
 }
 
+/// Closes the connection that was not used for the longest time, if there is no place for one more.
+fn make_room(clients: &mut HashMap<RegionId, RelayClient>, home: RegionId) {
+    if clients.len() < MAX_CONNECTIONS {
+        return;
+    }
+    let others = clients.iter().filter(|(region, _)| **region != home);
+    if let Some(idlest) = others.max_by_key(|(_, client)| client.idle_for()).map(|(region, _)| *region) {
+        clients.remove(&idlest);
+    }
+}
+
+/// A relay's own words, as far as they are shown or logged.
+fn made_plain(event: RelayEvent) -> RelayEvent {
+    match event {
+        RelayEvent::Disconnected { reason, retry_in } => {
+            RelayEvent::Disconnected { reason: text::plain(&reason).into_owned(), retry_in }
+        }
+        RelayEvent::Health(problem) => {
+            RelayEvent::Health(problem.map(|problem| text::plain(&problem).into_owned()))
+        }
+        // Names of relays are in the network map.
+        other => other,
+    }
+}
+
 /// What comes from the relays. Holds the pool weakly: the pool holds the connections.
 struct Handler(std::sync::Weak<Inner>);
 
@@ -271,8 +300,52 @@ impl RelayHandler for Handler {
 
     fn event(&self, region: RegionId, event: RelayEvent) {
         let Some(inner) = self.0.upgrade() else { return };
+        let event = made_plain(event);
         if inner.news.try_send(RelayNews::Event(region, event)).is_err() {
             tracing::debug!(region, "too much news of relays: an event is dropped");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn there_are_few_connections_and_home_stays() {
+        struct Deaf;
+        impl RelayHandler for Deaf {
+            fn packets(&self, _: RegionId, _: Batch) -> Option<BoxFuture<'static, ()>> {
+                None
+            }
+            fn event(&self, _: RegionId, _: RelayEvent) {}
+        }
+        let mut clients = HashMap::new();
+        for region in 1..=100 {
+            make_room(&mut clients, 1);
+            let config = RelayClientConfig {
+                region: RelayRegion::from(&lacis_wire::control::DerpRegion::default()),
+                node_key: NodePrivateKey::generate(),
+                home: false,
+                dial: DialOptions::default(),
+                send_queue_bytes: SEND_QUEUE_BYTES,
+            };
+            clients.insert(region, RelayClient::start(config, Arc::new(Deaf)));
+        }
+        assert_eq!(clients.len(), MAX_CONNECTIONS);
+        assert!(clients.contains_key(&1));
+    }
+
+    #[test]
+    fn what_a_relay_complains_of_is_text() {
+        let problem = "over\u{1b}[2J\u{202e}load\n".to_owned();
+        assert_eq!(
+            made_plain(RelayEvent::Health(Some(problem.clone()))),
+            RelayEvent::Health(Some("over\u{fffd}[2J\u{fffd}load ".to_owned()))
+        );
+        let gone = made_plain(RelayEvent::Disconnected { reason: problem, retry_in: Duration::ZERO });
+        assert!(
+            matches!(gone, RelayEvent::Disconnected { reason, .. } if reason.chars().all(text::is_plain))
+        );
     }
 }

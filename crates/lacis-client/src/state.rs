@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use lacis_wire::control::{MapResponse, UserProfile};
 use lacis_wire::key::{DiscoPrivateKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::local::Prefs;
+use lacis_wire::mapframe::MAX_MESSAGE;
+use lacis_wire::text;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -21,8 +23,6 @@ const NETMAP: &str = "netmap.zst";
 const LOCK: &str = "lock";
 /// The fastest level; a map is written seldom and is small.
 const NETMAP_LEVEL: i32 = 1;
-/// More than any real map: a damaged file must not take all memory.
-const NETMAP_LIMIT: usize = 256 << 20;
 
 /// The contents of `state.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +37,9 @@ pub(crate) struct Saved {
     /// The key that the next login replaces.
     #[serde(default)]
     pub old_node_key: Option<NodeKey>,
+    /// Keys that were given up and are not expired at their servers yet.
+    #[serde(default)]
+    pub departures: Vec<Departure>,
     /// Kept, so that peers need not learn a new one after a restart.
     pub disco_key: DiscoPrivateKey,
     pub lock_key: LockKey,
@@ -65,6 +68,19 @@ pub(crate) struct Saved {
     pub ways: Vec<(NodeKey, SocketAddr)>,
 }
 
+/// A node key that this host has given up, and the server where it may still be valid.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Departure {
+    pub control_url: String,
+    pub node_key: NodePrivateKey,
+    #[serde(default)]
+    pub server_key: Option<MachineKey>,
+    #[serde(default)]
+    pub server_address: Option<IpAddr>,
+    /// Unix seconds.
+    pub since: i64,
+}
+
 impl Saved {
     fn new() -> Self {
         let disco_key = DiscoPrivateKey::generate();
@@ -73,6 +89,7 @@ impl Saved {
             node_key: None,
             pending_key: None,
             old_node_key: None,
+            departures: Vec::new(),
             lock_key: LockKey::from_bytes(*NodePrivateKey::generate().public().as_bytes()),
             log_id: disco_key.public().to_string().rsplit(':').next().unwrap_or_default().to_owned(),
             disco_key,
@@ -182,8 +199,10 @@ impl StateDir {
         let path = self.path.join(NETMAP);
         let packed = fs::read(&path).ok()?;
         let read = || -> Result<MapResponse, Box<dyn std::error::Error>> {
-            let text = zstd::bulk::decompress(&packed, NETMAP_LIMIT.min(packed.len().saturating_mul(1000)))?;
-            Ok(serde_json::from_slice(&text)?)
+            // A damaged file must not take all memory.
+            let limit = MAX_MESSAGE.min(packed.len().saturating_mul(1000));
+            let message = String::from_utf8(zstd::bulk::decompress(&packed, limit)?)?;
+            Ok(serde_json::from_str(&text::plain_json(&message)?)?)
         };
         read()
             .inspect_err(

@@ -247,6 +247,9 @@ pub struct StartOptions {
     pub update_prefs: Option<Prefs>,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub auth_key: String,
+    /// Not Tailscale's: the user logs in again whatever is known, which accepts another key of the control server.
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    pub force_reauth: bool,
 }
 
 impl std::fmt::Debug for StartOptions {

@@ -150,6 +150,7 @@ impl Up {
                 let options = StartOptions {
                     update_prefs: Some(wish),
                     auth_key: auth_key.map(|key| key.to_string()).unwrap_or_default(),
+                    force_reauth: self.force_reauth,
                 };
                 daemon.post_json("start", &options).await?;
                 if interactive && (!with_key || self.force_reauth) {

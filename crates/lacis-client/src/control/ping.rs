@@ -8,6 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use http::Method;
 use lacis_wire::control::PingRequest;
 use lacis_wire::io::{ControlClient, ControlDialer};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, timeout};
 
 use super::chain;
@@ -16,8 +17,16 @@ const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\
 
 /// An answer that takes longer is of no use to the server.
 const LIMIT: Duration = Duration::from_secs(15);
+/// Bytes of the base64 of a request; the answer repeats what is in it.
+const MAX_PAYLOAD: usize = 64 << 10;
 
-pub(super) async fn answer(client: ControlClient, dialer: ControlDialer, request: PingRequest) {
+/// Answers; `_place` is free again afterwards.
+pub(super) async fn answer(
+    client: ControlClient,
+    dialer: ControlDialer,
+    request: PingRequest,
+    _place: OwnedSemaphorePermit,
+) {
     let Ok(url) = request.url.parse::<http::Uri>() else { return };
     let path = url.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let over_noise = |sent: Result<_, hyper::Error>| sent.map(drop).map_err(|error| chain(&error));
@@ -38,6 +47,9 @@ pub(super) async fn answer(client: ControlClient, dialer: ControlDialer, request
 
 /// The HTTP/1.1 response to the request inside a `c2n` ping. Only `/echo` is known.
 fn reply(payload: &str) -> Vec<u8> {
+    if payload.len() > MAX_PAYLOAD {
+        return BAD_REQUEST.to_vec();
+    }
     let Ok(request) = STANDARD.decode(payload) else { return BAD_REQUEST.to_vec() };
     let Some(end) = request.windows(4).position(|four| four == b"\r\n\r\n") else {
         return BAD_REQUEST.to_vec();
@@ -63,5 +75,7 @@ mod tests {
         assert_eq!(reply(&STANDARD.encode("GET /debug HTTP/1.1\r\n\r\n")), BAD_REQUEST);
         assert_eq!(reply("%"), BAD_REQUEST);
         assert_eq!(reply(&STANDARD.encode("half a head")), BAD_REQUEST);
+        let long = format!("POST /echo HTTP/1.1\r\n\r\n{}", "x".repeat(MAX_PAYLOAD));
+        assert_eq!(reply(&STANDARD.encode(long)), BAD_REQUEST);
     }
 }

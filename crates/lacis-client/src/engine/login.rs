@@ -5,12 +5,10 @@ use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use lacis_wire::local::{MaskedPrefs, Notify, Prefs, StartOptions, State};
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
 use tokio::time::{Duration, Instant};
 
 use super::Engine;
-use crate::control::{self, AuthKey, Control, ControlConfig, ControlEvent};
-use crate::hostinfo;
+use crate::control::{AuthKey, Control, ControlConfig, ControlEvent};
 use crate::netmap::{Session, is_expired};
 use crate::routing::{is_default_route, wants_exit};
 
@@ -135,6 +133,7 @@ impl Engine {
         }
         if before.control_url != self.saved.prefs.control_url && !before.control_url.is_empty() {
             // Another server is another network: what was known of the old one is not true there.
+            self.depart(before.control_url);
             self.leave();
             self.saved.forget_login();
             self.saved.server_key = None;
@@ -166,6 +165,7 @@ impl Engine {
 
     /// Logs in if need be, with the preferences and the auth key given.
     pub(super) fn start(&mut self, options: StartOptions) -> Result<(), String> {
+        self.check_not_leaving()?;
         if let Some(prefs) = options.update_prefs {
             check_prefs(&prefs)?;
             self.set_prefs(prefs);
@@ -176,6 +176,7 @@ impl Engine {
         self.was_ready = false;
         self.trouble = None;
         self.retry_at = None;
+        self.accept_new_key = options.force_reauth;
         // An expired key is not offered again: an auth key that can be used once would be spent on it.
         let expired = self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc()));
         if !options.auth_key.is_empty() {
@@ -189,17 +190,27 @@ impl Engine {
     }
 
     /// Signs in anew, even if this node is signed in.
-    pub(super) fn login_interactive(&mut self) {
+    pub(super) fn login_interactive(&mut self) -> Result<(), String> {
+        self.check_not_leaving()?;
         let auth_key = match self.login.take() {
             // The login that `start` began for a node without a key is what is wanted.
             Some(login) if login.new_key => {
                 self.login = Some(login);
-                return;
+                return Ok(());
             }
             Some(login) => login.auth_key,
             None => None,
         };
         self.login(auth_key, true);
+        Ok(())
+    }
+
+    /// A login that began now would end with the one before.
+    fn check_not_leaving(&self) -> Result<(), String> {
+        if self.logouts.is_pending() {
+            return Err("this node is being logged out: try again in a moment".to_owned());
+        }
+        Ok(())
     }
 
     fn login(&mut self, auth_key: Option<AuthKey>, new_key: bool) {
@@ -233,6 +244,7 @@ impl Engine {
             lock_key: self.saved.lock_key,
             auth_key: self.login.as_ref().and_then(|login| login.auth_key.clone()),
             server_key: self.saved.server_key,
+            accept_new_key: self.accept_new_key,
             server_address: self.saved.server_address,
             fwmark: self.fwmark,
         }
@@ -243,7 +255,8 @@ impl Engine {
         let wanted = self.saved.prefs.want_running
             && (self.login.is_some() || self.saved.is_logged_in())
             && !self.saved.prefs.control_url.is_empty()
-            && self.retry_at.is_none();
+            && self.retry_at.is_none()
+            && !self.logouts.is_pending();
         if !wanted {
             self.control = None;
             self.streaming = false;
@@ -261,6 +274,7 @@ impl Engine {
         match event {
             ControlEvent::Connected { server_key, address } => {
                 self.saved.server_key = Some(server_key);
+                self.accept_new_key = false;
                 self.saved.server_address = Some(address.ip());
                 self.trouble = None;
             }
@@ -376,42 +390,8 @@ impl Engine {
         }
     }
 
-    /// Tells the server, and forgets who this node was.
-    pub(super) fn logout(&mut self, reply: oneshot::Sender<Result<(), String>>) {
-        if let Some(key) = self.saved.node_key.clone() {
-            let mut config = self.control_config(key);
-            config.old_node_key = None;
-            config.auth_key = None;
-            let facts = hostinfo::with_prefs(&self.host_facts, &self.saved.prefs);
-            tokio::spawn(async move {
-                let told = control::logout(config, facts).await;
-                if let Err(error) = &told {
-                    tracing::warn!(%error, "the control server was not told of the logout");
-                }
-                // Logged out here in any case.
-                let _ = reply.send(Ok(()));
-            });
-        } else {
-            let _ = reply.send(Ok(()));
-        }
-        self.login = None;
-        self.auth_url = None;
-        self.trouble = None;
-        self.leave();
-        self.saved.forget_login();
-        // Another login is another node: it begins with the settings of one. Where the network is, and who may log in
-        // to it, stays true of the host.
-        self.saved.prefs = Prefs {
-            control_url: std::mem::take(&mut self.saved.prefs.control_url),
-            operator_user: std::mem::take(&mut self.saved.prefs.operator_user),
-            logged_out: true,
-            ..Prefs::default()
-        };
-        self.publish(Notify { prefs: Some(self.visible_prefs()), ..Notify::default() });
-    }
-
     /// Out of the network, for good.
-    fn leave(&mut self) {
+    pub(super) fn leave(&mut self) {
         self.control = None;
         self.map = None;
         self.session = Session::default();

@@ -140,6 +140,7 @@ impl Engine {
         let mut health = Vec::new();
         health.extend(self.trouble.clone());
         health.extend(self.host_trouble.clone());
+        health.extend(self.valid_keys());
         if self.is_on() {
             health.extend(self.relay_trouble.values().cloned());
             if self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc())) {
