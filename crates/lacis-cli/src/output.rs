@@ -1,4 +1,4 @@
-//! Everything that is printed. It does not fail when nobody reads any more, and nothing that others have named or
+//! Everything that is printed. It does not fail when the pipe is closed, and nothing that others have named or
 //! written (nodes, users, servers) is more than text to the terminal ([`lacis_wire::text`]).
 
 use std::borrow::Cow;

@@ -227,7 +227,7 @@ impl Host {
         if let Some(dns) = &state.dns
             && let Err(error) = self.resolver.repair(dns).await
         {
-            // What is there is not known any more: the next attempt sets it anew.
+            // What is there is not known any more: the next attempt sets it again.
             self.told = Some(OsDns::default());
             report.warnings.push(not_resolving(&error.to_string()));
         }

@@ -8,7 +8,7 @@ use crate::quad100::{QUAD100_V4, QUAD100_V6};
 const DNS_PORT: u16 = 53;
 /// Resolvers that one question goes to, each with a socket or two of its own. The C library knows three.
 const MAX_UPSTREAMS: usize = 4;
-/// Addresses of one name that are told: no answer is longer than a message of DNS can be.
+/// Addresses in one answer: none is longer than a message of DNS can be.
 const MAX_ADDRESSES: usize = 1000;
 
 /// Plain configuration. All names are lower case and without a trailing dot.
@@ -118,7 +118,7 @@ impl DnsState {
         zones.max_by_key(|zone| zone.len()).map(String::as_str)
     }
 
-    /// Whom to ask for a name that is not ours: [`MAX_UPSTREAMS`] at most.
+    /// The resolvers for a name that is not ours: [`MAX_UPSTREAMS`] at most.
     pub(crate) fn upstreams(&self, name: &str) -> Vec<SocketAddr> {
         let addresses = |some: &[Upstream]| -> Vec<_> {
             some.iter().filter_map(Upstream::address).take(MAX_UPSTREAMS).collect()

@@ -22,12 +22,12 @@ fn announcement(edit: impl FnOnce(&mut NetInfo)) -> Announcement {
 
 #[test]
 fn latencies_alone_are_no_news() {
-    let told = announcement(|_| {});
+    let sent = announcement(|_| {});
     let measured = announcement(|info| info.derp_latency = [("7-v4".to_owned(), 0.01)].into());
-    assert!(!measured.differs_from(&told));
-    assert!(announcement(|info| info.preferred_derp = 8).differs_from(&told));
-    assert!(announcement(|info| info.working_udp = Some(true)).differs_from(&told));
-    assert!(Announcement::default().differs_from(&told));
+    assert!(!measured.differs_from(&sent));
+    assert!(announcement(|info| info.preferred_derp = 8).differs_from(&sent));
+    assert!(announcement(|info| info.working_udp = Some(true)).differs_from(&sent));
+    assert!(Announcement::default().differs_from(&sent));
 }
 
 #[test]
@@ -130,21 +130,21 @@ async fn a_logout_reaches_the_server() {
 }
 
 #[tokio::test]
-async fn a_server_that_refuses_a_logout_is_told_from_one_that_is_away() {
+async fn refusing_a_logout_and_being_away_are_different_errors() {
     let key = MachinePrivateKey::generate();
     let refusal = RegisterResponse { error: "no\u{1b}[2J".into(), ..RegisterResponse::default() };
     let (url, _asked) = server(&key, refusal).await;
     let refused = logout(config(url.clone(), None), Hostinfo::default()).await.unwrap_err();
     assert!(matches!(&refused, LogoutError::Refused(why) if why == "no\u{fffd}[2J"), "{refused}");
-    // Its key is another than the one known: over http that is nobody to talk to.
+    // Its key is another than the one known: over http it is not believed.
     let other = Some(MachinePrivateKey::generate().public());
     let stranger = logout(config(url, other), Hostinfo::default()).await.unwrap_err();
     assert!(
         matches!(&stranger, LogoutError::Unreachable(why) if why.contains("--force-reauth")),
         "{stranger}"
     );
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let away = logout(config(format!("http://{nobody}"), None), Hostinfo::default()).await.unwrap_err();
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let away = logout(config(format!("http://{closed}"), None), Hostinfo::default()).await.unwrap_err();
     assert!(matches!(away, LogoutError::Unreachable(_)), "{away}");
 }
 
