@@ -45,6 +45,10 @@ pub const TAG_LEN: usize = 16;
 pub const MAX_PACKET: usize = 64 << 10;
 /// Largest frame a client accepts.
 pub const MAX_FRAME: usize = 1 << 20;
+/// Largest `ServerInfo` body a client accepts: a document with three numbers, and room for more.
+pub const MAX_SERVER_INFO: usize = 16 << 10;
+/// Longest health text that is kept, in bytes; the rest is cut off.
+pub const MAX_HEALTH: usize = 1024;
 /// Largest `ClientInfo` a server accepts.
 pub const MAX_CLIENT_INFO: usize = 256 << 10;
 /// Largest `ServerKey` body a client accepts (future bytes after the key are ignored).
@@ -250,7 +254,8 @@ pub enum Frame {
     Ping([u8; 8]),
     /// The answer to `Ping`.
     Pong([u8; 8]),
-    /// A problem to show to the user, empty when it is over.
+    /// A problem to show to the user, empty when it is over. At most [`MAX_HEALTH`] bytes; not checked for control
+    /// characters.
     Health(String),
     /// The relay is about to restart.
     Restarting {

@@ -27,6 +27,11 @@ pub const TAG_LEN: usize = 16;
 /// A ping with its node key and no padding, on the wire.
 pub const MIN_PING_LEN: usize = WRAPPER_LEN + TAG_LEN + 2 + PING_BODY;
 
+/// The longest datagram that is taken for disco: pings are padded up to the size of a jumbo frame to find the path MTU.
+pub const MAX_LEN: usize = 9216;
+/// Endpoints in a call-me-maybe; a longer list is cut.
+pub const MAX_ENDPOINTS: usize = 64;
+
 const PING_BODY: usize = 12 + 32;
 const PONG_BODY: usize = 12 + ENDPOINT_LEN;
 /// `ip16 ‖ port u16`.
@@ -78,7 +83,7 @@ pub enum Message {
     },
     /// "Ping me at these addresses, now."
     CallMeMaybe {
-        /// The sender's endpoints; empty if the message could not be understood.
+        /// The sender's endpoints, at most [`MAX_ENDPOINTS`]; empty if the message could not be understood.
         endpoints: Vec<SocketAddr>,
     },
     /// What Lacis nodes say to pass difficult NATs.
@@ -111,10 +116,10 @@ pub enum Error {
     },
 }
 
-/// Whether a datagram is disco, by the magic and the least length.
+/// Whether a datagram is disco, by the magic and the length.
 #[inline]
 pub fn looks_like(datagram: &[u8]) -> bool {
-    datagram.len() >= WRAPPER_LEN && datagram.starts_with(&MAGIC)
+    (WRAPPER_LEN..=MAX_LEN).contains(&datagram.len()) && datagram.starts_with(&MAGIC)
 }
 
 /// The sender's disco key, unproven until the box opens.
@@ -185,9 +190,8 @@ impl Message {
             TYPE_CALL_ME_MAYBE => {
                 let (endpoints, rest) = body.as_chunks::<ENDPOINT_LEN>();
                 let understood = version == 0 && rest.is_empty();
-                Self::CallMeMaybe {
-                    endpoints: if understood { endpoints.iter().map(endpoint).collect() } else { Vec::new() },
-                }
+                let count = if understood { MAX_ENDPOINTS } else { 0 };
+                Self::CallMeMaybe { endpoints: endpoints.iter().take(count).map(endpoint).collect() }
             }
             _ => match Traversal::parse(body) {
                 Some(traversal) if kind == traversal::TYPE && version == 0 => Self::Traversal(traversal),
@@ -379,6 +383,19 @@ mod tests {
         let mut later = vec![3, 1];
         later.resize(20, 0);
         assert_eq!(Message::parse(&later), empty);
+    }
+
+    #[test]
+    fn a_long_call_me_maybe_is_cut_and_a_datagram_that_is_too_long_is_not_disco() {
+        let mut long = vec![3, 0];
+        long.resize(2 + 3000 * ENDPOINT_LEN, 1);
+        let Ok(Message::CallMeMaybe { endpoints }) = Message::parse(&long) else { panic!("a call-me-maybe") };
+        assert_eq!((endpoints.len(), endpoints.capacity()), (MAX_ENDPOINTS, MAX_ENDPOINTS));
+        let mut datagram = MAGIC.to_vec();
+        datagram.resize(MAX_LEN, 0);
+        assert!(looks_like(&datagram));
+        datagram.push(0);
+        assert!(!looks_like(&datagram));
     }
 
     #[test]

@@ -12,6 +12,9 @@ pub const REQUEST_LEN: usize = 40;
 /// Size of the largest answer (IPv6).
 pub const MAX_RESPONSE_LEN: usize = 44;
 
+/// The longest datagram that is taken for STUN: any response with an address and some attributes that nobody needs.
+pub const MAX_LEN: usize = 1280;
+
 const HEADER_LEN: usize = 20;
 const BINDING_REQUEST: u16 = 0x0001;
 const BINDING_SUCCESS: u16 = 0x0101;
@@ -71,7 +74,7 @@ pub enum Error {
 
 /// Whether a datagram on a socket shared with WireGuard and disco is STUN.
 pub fn looks_like(datagram: &[u8]) -> bool {
-    datagram.len() >= HEADER_LEN && datagram[0] & 0xc0 == 0 && datagram[4..8] == COOKIE
+    (HEADER_LEN..=MAX_LEN).contains(&datagram.len()) && datagram[0] & 0xc0 == 0 && datagram[4..8] == COOKIE
 }
 
 /// The 40 bytes of a binding request.

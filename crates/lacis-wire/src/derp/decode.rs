@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 
 use super::{
-    Error, Frame, FrameType, HEADER_LEN, Header, KEY_LEN, MAGIC, MAX_CLIENT_INFO, MAX_FRAME, MAX_PACKET,
-    MAX_PING, MAX_SERVER_KEY, NONCE_LEN, PeerGoneReason,
+    Error, Frame, FrameType, HEADER_LEN, Header, KEY_LEN, MAGIC, MAX_CLIENT_INFO, MAX_FRAME, MAX_HEALTH,
+    MAX_PACKET, MAX_PING, MAX_SERVER_INFO, MAX_SERVER_KEY, NONCE_LEN, PeerGoneReason,
 };
 use crate::key::{NodeKey, RelayKey};
 
@@ -42,7 +42,7 @@ impl Role {
             FrameType::ForwardPacket => allowed((2 * KEY_LEN..=2 * KEY_LEN + MAX_PACKET).contains(&len)),
             FrameType::ServerKey => allowed((MAGIC.len() + KEY_LEN..=MAX_SERVER_KEY).contains(&len)),
             FrameType::ClientInfo => allowed((KEY_LEN + NONCE_LEN..=MAX_CLIENT_INFO).contains(&len)),
-            FrameType::ServerInfo => allowed((NONCE_LEN..=MAX_FRAME).contains(&len)),
+            FrameType::ServerInfo => allowed((NONCE_LEN..=MAX_SERVER_INFO).contains(&len)),
             FrameType::NotePreferred => allowed(len == 1),
             FrameType::Ping | FrameType::Pong => allowed((8..=MAX_PING).contains(&len)),
             FrameType::ClosePeer => allowed(len == KEY_LEN),
@@ -161,7 +161,8 @@ impl Frame {
             FrameType::Ping => Self::Ping(*body.first_chunk().ok_or(short)?),
             FrameType::Pong => Self::Pong(*body.first_chunk().ok_or(short)?),
             FrameType::Health => {
-                Self::Health(std::str::from_utf8(&body).map_err(|_| Error::Text)?.to_owned())
+                let text = std::str::from_utf8(&body).map_err(|_| Error::Text)?;
+                Self::Health(text[..text.floor_char_boundary(MAX_HEALTH)].to_owned())
             }
             FrameType::Restarting => {
                 if len < 8 {

@@ -6,6 +6,8 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use crypto_box::SalsaBox;
 use crypto_box::aead::Aead;
+use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use subtle::ConstantTimeEq;
 use zeroize::ZeroizeOnDrop;
@@ -140,24 +142,18 @@ impl ClientInfo {
     /// Opens what [`Self::seal`] or a stock client made.
     pub fn open(login: &LoginBox, sealed: &[u8]) -> Result<Self, Error> {
         let object = Object::parse(&login.open(sealed)?)?;
-        let mesh_key = match object.get("meshKey") {
-            None => None,
-            Some(Value::String(text)) if text.is_empty() => None,
-            Some(Value::String(text)) => Some(
+        let mesh_key = match object.text("meshKey")? {
+            "" => None,
+            text => Some(
                 MeshKey::from_hex(text).ok_or_else(|| Error::Json("meshKey is not 64 hex digits".into()))?,
             ),
-            Some(_) => return Err(Error::Json("meshKey is not text".into())),
         };
         Ok(Self {
             mesh_key,
             version: object.int("version")?,
             can_ack_pings: object.bool("CanAckPings")?,
             is_prober: object.bool("IsProber")?,
-            app_name: match object.get("AppName") {
-                Some(Value::String(text)) => text.clone(),
-                None => String::new(),
-                Some(_) => return Err(Error::Json("AppName is not text".into())),
-            },
+            app_name: object.text("AppName")?.to_owned(),
         })
     }
 }
@@ -204,27 +200,138 @@ impl ServerInfo {
     }
 }
 
-/// A JSON object read the way Go reads one: key case is ignored, null and absent mean the zero value.
-struct Object(Map<String, Value>);
+/// The members that the two documents have. Of what the other side writes nothing else is kept: a document of `{}` and
+/// commas would be ninety times as large in memory as on the wire.
+const MEMBERS: [&str; 7] = [
+    "meshKey",
+    "version",
+    "CanAckPings",
+    "IsProber",
+    "AppName",
+    "TokenBucketBytesPerSecond",
+    "TokenBucketBytesBurst",
+];
+
+/// A JSON object read the way Go reads one: key case is ignored, null and absent mean the zero value, the last one of
+/// a name counts.
+#[derive(Debug)]
+struct Object([Option<Scalar>; MEMBERS.len()]);
+
+#[derive(Debug, PartialEq, Eq)]
+enum Scalar {
+    Bool(bool),
+    Int(i64),
+    Text(String),
+    /// Something that no member may be.
+    Other,
+}
 
 impl Object {
     fn parse(json: &[u8]) -> Result<Self, Error> {
-        serde_json::from_slice(json).map(Self).map_err(|error| Error::Json(error.to_string()))
+        serde_json::from_slice(json).map_err(|error| Error::Json(error.to_string()))
     }
 
-    fn get(&self, name: &str) -> Option<&Value> {
-        self.0.iter().find(|(key, value)| key.eq_ignore_ascii_case(name) && !value.is_null()).map(|(_, v)| v)
+    fn get(&self, name: &str) -> Option<&Scalar> {
+        let at = MEMBERS.iter().position(|member| *member == name)?;
+        self.0[at].as_ref()
     }
 
     fn int(&self, name: &str) -> Result<i64, Error> {
-        self.get(name).map_or(Ok(0), |value| {
-            value.as_i64().ok_or_else(|| Error::Json(format!("{name} is not a whole number")))
-        })
+        match self.get(name) {
+            None => Ok(0),
+            Some(Scalar::Int(value)) => Ok(*value),
+            Some(_) => Err(Error::Json(format!("{name} is not a whole number"))),
+        }
     }
 
     fn bool(&self, name: &str) -> Result<bool, Error> {
-        self.get(name).map_or(Ok(false), |value| {
-            value.as_bool().ok_or_else(|| Error::Json(format!("{name} is not true or false")))
-        })
+        match self.get(name) {
+            None => Ok(false),
+            Some(Scalar::Bool(value)) => Ok(*value),
+            Some(_) => Err(Error::Json(format!("{name} is not true or false"))),
+        }
+    }
+
+    fn text(&self, name: &str) -> Result<&str, Error> {
+        match self.get(name) {
+            None => Ok(""),
+            Some(Scalar::Text(value)) => Ok(value),
+            Some(_) => Err(Error::Json(format!("{name} is not text"))),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+
+        impl<'de> Visitor<'de> for Members {
+            type Value = Object;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
+                let mut object = Object(Default::default());
+                while let Some(key) = map.next_key::<String>()? {
+                    match MEMBERS.iter().position(|member| key.eq_ignore_ascii_case(member)) {
+                        Some(at) => {
+                            object.0[at] = map.next_value::<Option<Scalar>>()?.or(object.0[at].take())
+                        }
+                        None => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(object)
+            }
+        }
+
+        deserializer.deserialize_map(Members)
+    }
+}
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Scalar;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("any value")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Scalar, E> {
+                Ok(Scalar::Bool(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Scalar, E> {
+                Ok(Scalar::Int(value))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Scalar, E> {
+                Ok(i64::try_from(value).map_or(Scalar::Other, Scalar::Int))
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Scalar, E> {
+                Ok(Scalar::Other)
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
+                Ok(Scalar::Text(value.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Scalar, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Scalar, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other)
+            }
+        }
+
+        deserializer.deserialize_any(Any)
     }
 }

@@ -244,3 +244,33 @@ proptest! {
         let _ = Frame::parse(kind, body.into());
     }
 }
+
+#[test]
+fn a_relay_can_neither_send_a_long_server_info_nor_a_long_health_text() {
+    let header = |kind: FrameType, len| Header { kind: kind as u8, len };
+    assert_eq!(Role::Client.check(header(FrameType::ServerInfo, MAX_SERVER_INFO)), Ok(true));
+    assert!(Role::Client.check(header(FrameType::ServerInfo, MAX_SERVER_INFO + 1)).is_err());
+    let text = "é".repeat(MAX_HEALTH);
+    let frame = Frame::parse(FrameType::Health as u8, text.into()).unwrap();
+    assert_eq!(frame, Frame::Health("é".repeat(MAX_HEALTH / 2)));
+}
+
+#[test]
+fn of_a_login_document_only_its_own_members_are_kept() {
+    let (node, relay) = (NodePrivateKey::generate(), RelayPrivateKey::generate());
+    let login = LoginBox::client(&node, &relay.public());
+    let junk = format!(r#""x":[{}{{}}],"y":{{"version":9}}"#, "{},".repeat(10_000));
+    let document = format!(r#"{{{junk},"VERSION":2,"version":null,"canackpings":true,"IsProber":false}}"#);
+    let sealed = login.seal_document([7; NONCE_LEN], document.as_bytes());
+    let info = ClientInfo::open(&LoginBox::server(&relay, &node.public()), &sealed).unwrap();
+    assert_eq!(info, ClientInfo::default());
+    for (wrong, member) in [
+        (r#"{"version":{}}"#, "version"),
+        (r#"{"AppName":[1]}"#, "AppName"),
+        (r#"{"CanAckPings":1}"#, "CanAckPings"),
+    ] {
+        let sealed = login.seal_document([7; NONCE_LEN], wrong.as_bytes());
+        let error = ClientInfo::open(&LoginBox::server(&relay, &node.public()), &sealed).unwrap_err();
+        assert!(error.to_string().contains(member), "{error}");
+    }
+}
