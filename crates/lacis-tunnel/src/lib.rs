@@ -21,6 +21,7 @@ mod filter;
 mod outputs;
 mod packet;
 mod peers;
+mod queue;
 mod segment;
 mod sinks;
 mod stats;

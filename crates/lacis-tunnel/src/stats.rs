@@ -88,6 +88,8 @@ counters! {
     relay_full,
     /// Dropped: more relayed packets waited for the packet thread than it takes.
     relay_in_full,
+    /// Lost: datagrams, packets and orders of the client, since too much waited for the packet thread.
+    commands_full,
     /// Dropped: the output for STUN and disco datagrams was full.
     udp_output_full,
     /// Dropped: the output to the resolver was full.

@@ -15,48 +15,12 @@ use crate::config::{Path, PeerConfig, SocketId, TunnelConfig, Way};
 use crate::error::Error;
 use crate::filter::Filter;
 use crate::outputs::{Event, Outputs, Senders};
+use crate::queue::{Command, Datagram, Queue};
 use crate::stats::{Counters, PeerCounters, PeerStats, Stats};
 use crate::sys::sockets::Sockets;
 use crate::sys::tun::Tun;
 use crate::sys::wake::Wake;
 use crate::worker::Worker;
-
-/// Bytes of relayed packets that may wait for the packet thread.
-const RELAY_IN_BYTES: usize = 4 << 20;
-
-/// An order to the packet thread.
-pub(crate) enum Command {
-    Identity(NodePrivateKey),
-    Peers(Vec<PeerConfig>),
-    Path(NodeKey, Path),
-    Filter(Arc<Filter>),
-    LocalAddresses(Vec<IpAddr>),
-    SendUdp(Way, Vec<u8>, Option<u8>),
-    SendUdpMany(Vec<(Way, Vec<u8>, Option<u8>)>),
-    OpenSocket { id: SocketId, low: bool },
-    CloseSocket(SocketId),
-    Inject(Bytes),
-    TsmpPing { key: NodeKey, dst: IpAddr, token: u64 },
-    IcmpPing { key: NodeKey, dst: IpAddr, id: u16, sequence: u16 },
-    ResetSession(NodeKey),
-    BeginSession(NodeKey),
-}
-
-/// What waits for the packet thread.
-#[derive(Default)]
-pub(crate) struct Queue {
-    pub(crate) commands: Vec<Command>,
-    pub(crate) relayed: Vec<Vec<(NodeKey, Bytes)>>,
-    relayed_bytes: usize,
-}
-
-impl Queue {
-    /// Exchanges the waiting work for an empty queue, which keeps the allocations in use.
-    pub(crate) fn take(&mut self, empty: &mut Self) {
-        std::mem::swap(self, empty);
-        self.relayed_bytes = 0;
-    }
-}
 
 /// Shared by the handles and the packet thread.
 pub(crate) struct Shared {
@@ -146,48 +110,57 @@ impl Tunnel {
         Ok((Self { inner: Arc::new(inner) }, outputs))
     }
 
-    fn command(&self, command: Command) {
+    /// Changes what waits for the packet thread, and wakes it.
+    fn enqueue<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> Option<T> {
         // Nobody would ever take it.
         if self.inner.shared.stop.load(Ordering::Acquire) {
-            return;
+            return None;
         }
-        self.inner.shared.queue().commands.push(command);
+        let result = change(&mut self.inner.shared.queue());
         self.inner.shared.wake.wake();
+        Some(result)
+    }
+
+    /// False when there was no room for it.
+    fn command(&self, command: Command) -> bool {
+        let Some(Err(lost)) = self.enqueue(|queue| queue.push(command)) else { return true };
+        self.inner.shared.counters.commands_full.add_shared(lost as u64);
+        false
     }
 
     /// Sets or changes the node key. All sessions end, since they were made with the old one.
     pub fn set_identity(&self, key: NodePrivateKey) {
-        self.command(Command::Identity(key));
+        self.enqueue(|queue| queue.set_identity(key));
     }
 
     /// Sets all peers. Peers that were there keep their session, path and counters; others begin with [`Path::None`].
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        self.command(Command::Peers(peers));
+        self.enqueue(|queue| queue.set_peers(peers));
     }
 
     /// Says where a peer's packets go. Ignored for keys that are no peer: call [`Self::set_peers`] before.
     pub fn set_path(&self, key: NodeKey, path: Path) {
-        self.command(Command::Path(key, path.canonical()));
+        self.enqueue(|queue| queue.set_path(key, path.canonical()));
     }
 
     /// Replaces the packet filter. Flows that this host began stay allowed.
     pub fn set_filter(&self, filter: Arc<Filter>) {
-        self.command(Command::Filter(filter));
+        self.enqueue(|queue| queue.set_filter(filter));
     }
 
     /// Own addresses inside the tunnel: the source of pings.
     pub fn set_local_addresses(&self, addresses: Vec<IpAddr>) {
-        self.command(Command::LocalAddresses(addresses));
+        self.enqueue(|queue| queue.set_local_addresses(addresses));
     }
 
     /// Sends a datagram by one of the tunnel's sockets. `ttl` is the number of hops that it may make (from 1), if
-    /// not the usual one. A failure is only counted ([`Stats::udp_send_errors`]).
+    /// not the usual one. A failure is only counted ([`Stats::udp_send_errors`], [`Stats::commands_full`]).
     pub fn send_udp(&self, way: Way, data: Vec<u8>, ttl: Option<u8>) {
-        self.command(Command::SendUdp(way.canonical(), data, ttl));
+        self.command(Command::SendUdp((way.canonical(), data, ttl)));
     }
 
     /// Like [`Self::send_udp`] for several datagrams, which wake the packet thread once.
-    pub fn send_udp_many(&self, mut datagrams: Vec<(Way, Vec<u8>, Option<u8>)>) {
+    pub fn send_udp_many(&self, mut datagrams: Vec<Datagram>) {
         if datagrams.is_empty() {
             return;
         }
@@ -200,8 +173,10 @@ impl Tunnel {
     /// Opens an IPv4 UDP socket beside the main ones, which datagrams and paths can use from then on; `low` asks for
     /// a port from 512 to 1023 (any free one, at random). The answer is [`Event::SocketOpened`], and is the last the
     /// caller hears of a socket that cannot be opened. A number in use gets a new socket; [`SocketId::MAIN`] never.
-    pub fn open_socket(&self, id: SocketId, low: bool) {
-        self.command(Command::OpenSocket { id, low });
+    /// False, and no event, when too much waits for the packet thread.
+    #[must_use]
+    pub fn open_socket(&self, id: SocketId, low: bool) -> bool {
+        self.command(Command::OpenSocket { id, low })
     }
 
     /// Closes an auxiliary socket. Sends of a path that still uses it fail.
@@ -214,18 +189,10 @@ impl Tunnel {
         if packets.is_empty() {
             return;
         }
-        let bytes: usize = packets.iter().map(|(_, data)| data.len()).sum();
-        let shared = &self.inner.shared;
-        {
-            let mut queue = shared.queue();
-            if queue.relayed_bytes + bytes > RELAY_IN_BYTES {
-                shared.counters.relay_in_full.add_shared(packets.len() as u64);
-                return;
-            }
-            queue.relayed_bytes += bytes;
-            queue.relayed.push(packets);
+        let count = packets.len() as u64;
+        if self.enqueue(|queue| queue.push_relayed(packets)) == Some(false) {
+            self.inner.shared.counters.relay_in_full.add_shared(count);
         }
-        shared.wake.wake();
     }
 
     /// Gives an IP packet to the host, such as an answer of the resolver. Its checksums must be complete.
@@ -245,7 +212,7 @@ impl Tunnel {
 
     /// Forgets the session with this peer, so that the next packet begins a new handshake.
     pub fn reset_session(&self, key: NodeKey) {
-        self.command(Command::ResetSession(key));
+        self.enqueue(|queue| queue.reset_session(key));
     }
 
     /// Begins a handshake with a peer with which there is no session.

@@ -24,13 +24,14 @@ use crate::config::{SocketId, Way};
 use crate::filter::{Filter, Flows};
 use crate::outputs::{Event, Senders};
 use crate::peers::{Identity, Peer, Peers};
+use crate::queue::Queue;
 use crate::segment::VnetHeader;
 use crate::sinks::{Failure, Sinks};
 use crate::stats::{Counters, unix_millis};
 use crate::sys::sockets::Sockets;
 use crate::sys::tun::{MAX_PACKET, Tun, VNET_LEN};
 use crate::sys::udp::{MAX_SEGMENTS, Received};
-use crate::tunnel::{Queue, Shared};
+use crate::tunnel::Shared;
 use messages::Pings;
 use timers::Ticker;
 
@@ -154,6 +155,8 @@ impl Worker {
             if ready.wake {
                 self.shared.wake.clear();
                 self.shared.queue().take(&mut queue);
+                let settings = queue.settings();
+                self.apply(settings);
                 for command in queue.commands.drain(..) {
                     self.command(command);
                 }

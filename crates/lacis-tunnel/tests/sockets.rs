@@ -13,7 +13,7 @@ use lacis_tunnel::{Event, Path, SendFailure, SocketId, Way};
 
 /// Opens an auxiliary socket and waits for its port.
 fn open(side: &mut Side, id: SocketId, low: bool) -> u16 {
-    side.tunnel.open_socket(id, low);
+    assert!(side.tunnel.open_socket(id, low));
     side.expect("an open socket", |event| match event {
         Event::SocketOpened { socket, port } if *socket == id => Some(port.unwrap()),
         _ => None,
@@ -73,9 +73,11 @@ fn a_burst_of_datagrams_leaves_by_the_sockets_it_names() {
         assert_eq!(receiver.recv_from(&mut [0; 16]).unwrap().1.port(), port);
     }
     // And back again: what comes tells by which socket it came.
-    receiver.send_to("TS💬 pong".as_bytes(), (cable_address(&a), ports[2])).unwrap();
+    let mut pong = lacis_wire::disco::MAGIC.to_vec();
+    pong.resize(lacis_wire::disco::MIN_PING_LEN, 7);
+    receiver.send_to(&pong, (cable_address(&a), ports[2])).unwrap();
     let got = a.udp.blocking_recv().unwrap();
-    assert_eq!((got.way, got.data.as_ref()), (Way { socket: ids[2], addr: to }, "TS💬 pong".as_bytes()));
+    assert_eq!((got.way, got.data.as_ref()), (Way { socket: ids[2], addr: to }, &pong[..]));
     assert_eq!(a.tunnel.stats().udp_send_errors, 0);
     a.tunnel.send_udp(Way { socket: SocketId(9), addr: to }, b"probe".to_vec(), None);
     wait("the failed send to be counted", || a.tunnel.stats().udp_send_errors == 1);

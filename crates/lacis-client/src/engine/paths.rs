@@ -79,7 +79,12 @@ impl Engine {
                         datagrams.push((way, stun::request(id).to_vec(), None));
                     }
                 }
-                Output::OpenSocket { socket, low } => self.tunnel.open_socket(SocketId(socket.0), low),
+                Output::OpenSocket { socket, low } => {
+                    if !self.tunnel.open_socket(SocketId(socket.0), low) {
+                        let input = Input::SocketOpened { socket, ok: false };
+                        self.paths.handle(Instant::now().into_std(), input);
+                    }
+                }
                 Output::CloseSocket { socket } => {
                     // What is still to be sent from it goes first.
                     self.tunnel.send_udp_many(std::mem::take(&mut datagrams));

@@ -1,10 +1,10 @@
-//! What the client orders: identity, peers, paths, filter, datagrams, packets for the host.
+//! What the client orders: settings (identity, peers, paths, filter) and work (datagrams, packets for the host, pings).
 
 use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lacis_wire::key::NodeKey;
+use lacis_wire::key::{NodeKey, NodePrivateKey};
 use tracing::debug;
 
 use super::Worker;
@@ -12,38 +12,58 @@ use crate::coalesce::plain_header;
 use crate::config::{Path, SocketId, Way};
 use crate::outputs::Event;
 use crate::peers::Identity;
-use crate::tunnel::Command;
+use crate::queue::{Command, Settings};
 
 /// An answer that comes by the old path has this long before the new one gets an initiation of its own.
 const NEW_PATH: Duration = Duration::from_millis(100);
 
 impl Worker {
+    /// Takes over the settings that changed.
+    pub(super) fn apply(&mut self, settings: Settings) {
+        let Settings { identity, peers, reset, paths, filter, local_addresses } = settings;
+        if let Some(key) = identity {
+            self.set_identity(&key);
+        }
+        if let Some(peers) = peers {
+            self.peers.set(peers, self.now.instant);
+            self.checked_source = None;
+            self.shared.peers.store(Arc::new(self.peers.counters()));
+            self.unpark();
+        }
+        for key in reset {
+            if let Some(slot) = self.peers.slot_of(&key)
+                && let Some(peer) = self.peers.get(slot)
+            {
+                peer.reset();
+            }
+        }
+        for (key, path) in paths {
+            self.set_path(key, path);
+        }
+        if let Some(filter) = filter {
+            self.filter = filter;
+        }
+        if let Some(addresses) = local_addresses {
+            self.local = addresses;
+            self.checked_source = None;
+        }
+    }
+
+    fn set_identity(&mut self, key: &NodePrivateKey) {
+        let identity = Identity::new(key);
+        if self.identity.as_ref().is_some_and(|old| old.public == identity.public) {
+            return;
+        }
+        self.identity = Some(identity);
+        for peer in self.peers.iter_mut() {
+            peer.reset();
+        }
+        self.peers.live.clear();
+    }
+
     pub(super) fn command(&mut self, command: Command) {
         match command {
-            Command::Identity(key) => {
-                let identity = Identity::new(&key);
-                if self.identity.as_ref().is_some_and(|old| old.public == identity.public) {
-                    return;
-                }
-                self.identity = Some(identity);
-                for peer in self.peers.iter_mut() {
-                    peer.reset();
-                }
-                self.peers.live.clear();
-            }
-            Command::Peers(peers) => {
-                self.peers.set(peers, self.now.instant);
-                self.checked_source = None;
-                self.shared.peers.store(Arc::new(self.peers.counters()));
-                self.unpark();
-            }
-            Command::Path(key, path) => self.set_path(key, path),
-            Command::Filter(filter) => self.filter = filter,
-            Command::LocalAddresses(addresses) => {
-                self.local = addresses;
-                self.checked_source = None;
-            }
-            Command::SendUdp(way, data, ttl) => self.send_udp(way, &data, ttl),
+            Command::SendUdp((way, data, ttl)) => self.send_udp(way, &data, ttl),
             Command::SendUdpMany(datagrams) => {
                 for (way, data, ttl) in datagrams {
                     self.send_udp(way, &data, ttl);
@@ -55,13 +75,6 @@ impl Worker {
             Command::TsmpPing { key, dst, token } => self.tsmp_ping(key, dst, token),
             Command::IcmpPing { key, dst, id, sequence } => self.icmp_ping(key, dst, id, sequence),
             Command::BeginSession(key) => self.begin_session(&key),
-            Command::ResetSession(key) => {
-                if let Some(slot) = self.peers.slot_of(&key)
-                    && let Some(peer) = self.peers.get(slot)
-                {
-                    peer.reset();
-                }
-            }
         }
     }
 

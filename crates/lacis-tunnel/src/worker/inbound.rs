@@ -7,6 +7,7 @@ use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use lacis_wire::key::NodeKey;
+use lacis_wire::{disco, stun};
 
 use super::Worker;
 use super::outbound::{QUAD100_V4, QUAD100_V6};
@@ -54,9 +55,6 @@ const COOKIE_REPLY_LEN: usize = 64;
 /// Least length of a data packet: headers and the tag of an empty one.
 const DATA_LEAST: usize = 32;
 
-const DISCO_MAGIC: &[u8] = "TS💬".as_bytes();
-const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
-
 /// Between two initiations to a peer that talks on in a session this node has forgotten.
 const BEGIN_AGAIN: Duration = Duration::from_millis(500);
 /// Between two [`Event::StraySession`].
@@ -96,10 +94,9 @@ fn is_ours(local: &[IpAddr], source: IpAddr) -> bool {
     source == QUAD100_V4 || source == QUAD100_V6 || local.contains(&source)
 }
 
-/// STUN or disco by the first bytes.
+/// STUN or disco by the first bytes, and no longer than these can be.
 fn is_for_others(data: &[u8]) -> bool {
-    data.starts_with(DISCO_MAGIC)
-        || (data.len() >= 20 && data[0] & 0xc0 == 0 && data.get(4..8) == Some(&STUN_COOKIE[..]))
+    disco::looks_like(data) || stun::looks_like(data)
 }
 
 impl Worker {
@@ -437,11 +434,15 @@ mod tests {
 
     #[test]
     fn stun_and_disco_are_told_from_wireguard() {
-        let mut stun = vec![1, 1, 0, 0];
-        stun.extend(STUN_COOKIE);
-        stun.extend([0; 12]);
-        assert!(is_for_others(&stun));
-        assert!(is_for_others(b"TS\xf0\x9f\x92\xac and a key"));
+        assert!(is_for_others(&stun::request(stun::TxId([0; 12]))));
+        let mut disco = disco::MAGIC.to_vec();
+        disco.resize(disco::MIN_PING_LEN, 0);
+        assert!(is_for_others(&disco));
+        disco.resize(disco::MAX_LEN + 1, 0);
+        assert!(
+            !is_for_others(&disco),
+            "a stranger's datagram must not take more of the queue than disco needs"
+        );
         assert!(!is_for_others(&[4, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]));
         assert!(!is_for_others(&[]));
     }
