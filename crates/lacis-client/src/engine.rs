@@ -309,7 +309,7 @@ impl Engine {
             mapped: parts.port_map.external(),
             port_map: parts.port_map,
             path_options: parts.paths,
-            paths: lacis_path::Paths::new(own_key, lacis_tunnel::DEFAULT_MTU, random_number()),
+            paths: lacis_path::Paths::new(own_key, lacis_tunnel::DEFAULT_MTU, random_seed()),
             reflections: Reflections::default(),
             remembered: false,
             announced_home: 0,
@@ -553,6 +553,12 @@ async fn at(time: Option<Instant>) {
         Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
     }
+}
+
+fn random_seed() -> [u8; 32] {
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).expect("the system gives randomness"); // nothing is safe without
+    seed
 }
 
 fn random_number() -> u64 {

@@ -54,8 +54,9 @@ impl NetMap {
         std::iter::once(&self.node).chain(self.peers.values()).find(|node| node.key == *key)
     }
 
-    pub(crate) fn peer_by_disco(&self, key: &DiscoKey) -> Option<&Arc<Node>> {
-        self.peers.values().find(|node| node.disco_key.as_ref() == Some(key))
+    /// The peers that announce a disco key. Usually one; which of several a message is from, the key does not say.
+    pub(crate) fn peers_by_disco(&self, key: &DiscoKey) -> impl Iterator<Item = &Arc<Node>> {
+        self.peers.values().filter(move |node| node.disco_key.as_ref() == Some(key))
     }
 
     /// The name of the network's zone: our own name without its first label.

@@ -1,16 +1,19 @@
 //! What all peers share: this node's place, its sockets, pings on their way, and what is to be done.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use fastrand::Rng;
 use lacis_wire::disco::traversal::{Mapping, NatReport, Traversal};
 use lacis_wire::disco::{MIN_PING_LEN, Message, TxId};
 use lacis_wire::key::NodeKey;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
 
+use crate::score::SharedBudget;
+use crate::slot::SearchSlot;
 use crate::survey::Survey;
-use crate::types::{Local, Output, RegionId, SocketId, Way};
+use crate::types::{Local, Output, RegionId, SocketId, Via, Way};
 
 /// An unanswered ping is forgotten after this.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -20,6 +23,18 @@ const USED: Duration = Duration::from_secs(30);
 const CHOICE: Duration = Duration::from_secs(10);
 /// What WireGuard adds to a packet.
 const WIREGUARD_OVERHEAD: usize = 32;
+/// Pings to addresses that peers claim, without an answer from there or a ping of the peer: for all peers together, at
+/// once and then each second.
+const MAX_CLAIMED_PINGS: f32 = 1000.0;
+const CLAIMED_PINGS_PER_SECOND: f32 = 100.0;
+/// Packets of port searches (ours and those that peers ask for) with all peers together, and the seconds in which they
+/// are granted again.
+const MAX_PROBES: f32 = 17_500.0;
+const PROBES_REFILL_SECONDS: f32 = 600.0;
+/// A place that was measured so lately is not measured again for a mere suspicion: some routers have several addresses.
+const MEASURED: Duration = Duration::from_secs(3);
+/// Sockets beside the main one, for all purposes: an opener of a port search needs 257.
+const MAX_SOCKETS: usize = 512;
 
 /// What a ping is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +51,42 @@ pub(crate) enum Purpose {
     Search,
 }
 
+/// Where a ping went: its pong counts only when it comes from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Through the relay.
+    Relay,
+    Udp(Way),
+    /// To many ports of this address.
+    Ports(IpAddr),
+}
+
+impl Target {
+    fn is_source_of(self, via: Via) -> bool {
+        match (self, via) {
+            (Self::Relay, Via::Relay(_)) => true,
+            (Self::Udp(pinged), Via::Udp(way)) => way == pinged,
+            (Self::Ports(ip), Via::Udp(way)) => way.addr.ip() == ip,
+            (Self::Relay, Via::Udp(_)) | (Self::Udp(_) | Self::Ports(_), Via::Relay(_)) => false,
+        }
+    }
+}
+
+/// What a pong is to us.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Answer {
+    /// It answers this ping, and comes from where that went.
+    To(SentPing),
+    /// It answers a ping of ours and comes from elsewhere.
+    Elsewhere,
+    /// No ping of ours to this peer has that id.
+    Unknown,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SentPing {
     pub(crate) peer: NodeKey,
-    /// `None` by relay, and for probes, which go many ways.
-    pub(crate) way: Option<Way>,
+    pub(crate) to: Target,
     pub(crate) at: Instant,
     pub(crate) purpose: Purpose,
 }
@@ -84,10 +130,12 @@ pub(crate) struct Core {
     pub(crate) local_at: Option<Instant>,
     pub(crate) survey: Survey,
     pub(crate) sockets: BTreeMap<SocketId, AuxSocket>,
-    pub(crate) rng: Rng,
+    /// Cryptographic: ids of STUN requests and pings must not be guessed by who has seen others.
+    pub(crate) rng: StdRng,
     pub(crate) out: VecDeque<Output>,
-    /// The peer whose search is under way: one at a time, since each costs the NAT entries.
-    pub(crate) searching: Option<NodeKey>,
+    pub(crate) slot: SearchSlot,
+    pub(crate) probes: SharedBudget,
+    claimed_pings: SharedBudget,
     pings: BTreeMap<TxId, SentPing>,
     /// In the order in which they were sent.
     timeouts: VecDeque<(Instant, TxId)>,
@@ -96,16 +144,18 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(own: NodeKey, tun_mtu: u16, seed: u64) -> Self {
+    pub(crate) fn new(own: NodeKey, tun_mtu: u16, seed: [u8; 32]) -> Self {
         Self {
             own,
             local: Local::default(),
             local_at: None,
             survey: Survey::default(),
             sockets: BTreeMap::new(),
-            rng: Rng::with_seed(seed),
+            rng: StdRng::from_seed(seed),
             out: VecDeque::new(),
-            searching: None,
+            slot: SearchSlot::default(),
+            probes: SharedBudget::new(MAX_PROBES, MAX_PROBES / PROBES_REFILL_SECONDS),
+            claimed_pings: SharedBudget::new(MAX_CLAIMED_PINGS, CLAIMED_PINGS_PER_SECOND),
             pings: BTreeMap::new(),
             timeouts: VecDeque::new(),
             next_socket: 0,
@@ -115,7 +165,7 @@ impl Core {
 
     pub(crate) fn tx(&mut self) -> TxId {
         let mut id = [0; 12];
-        self.rng.fill(&mut id);
+        self.rng.fill_bytes(&mut id);
         TxId(id)
     }
 
@@ -129,7 +179,8 @@ impl Core {
         purpose: Purpose,
     ) {
         let tx = self.tx();
-        self.expect(now, tx, SentPing { peer, way, at: now, purpose });
+        let to = way.map_or(Target::Relay, Target::Udp);
+        self.expect(now, tx, SentPing { peer, to, at: now, purpose });
         // Without padding a ping is as short as it can be; with it, as long as the largest WireGuard packet.
         let padding =
             if purpose == Purpose::Whole { self.full_payload.saturating_sub(MIN_PING_LEN) } else { 0 };
@@ -146,9 +197,14 @@ impl Core {
         self.out.push_back(Output::Send { peer, way, ttl, message });
     }
 
-    /// Whichever of these probes is answered: its answer counts.
-    pub(crate) fn expect_probes(&mut self, now: Instant, peer: NodeKey, tx: TxId) {
-        self.expect(now, tx, SentPing { peer, way: None, at: now, purpose: Purpose::Search });
+    /// Whichever of these probes to ports of `ip` is answered: its answer counts.
+    pub(crate) fn expect_probes(&mut self, now: Instant, peer: NodeKey, tx: TxId, ip: IpAddr) {
+        self.expect(now, tx, SentPing { peer, to: Target::Ports(ip), at: now, purpose: Purpose::Search });
+    }
+
+    /// Whether one more ping may go to an address that a peer merely claims.
+    pub(crate) fn may_ping_claimed(&mut self, now: Instant, talked_to: bool) -> bool {
+        self.claimed_pings.take(now, 1.0, talked_to)
     }
 
     /// Remembers a ping until it is answered or [`PING_TIMEOUT`] has passed.
@@ -157,16 +213,24 @@ impl Core {
         self.timeouts.push_back((now + PING_TIMEOUT, tx));
     }
 
-    /// The ping that a pong of this peer answers. One that many probes share stays.
-    pub(crate) fn answered(&mut self, peer: &NodeKey, tx: TxId) -> Option<SentPing> {
-        let ping = *self.pings.get(&tx)?;
-        if ping.peer != *peer {
-            return None;
+    /// The ping that a pong of this peer answers. One that many probes share stays, and so does one whose pong came
+    /// from elsewhere: the right one may still come.
+    pub(crate) fn answered(&mut self, peer: &NodeKey, via: Via, tx: TxId) -> Answer {
+        let Some(ping) = self.pings.get(&tx).copied().filter(|ping| ping.peer == *peer) else {
+            return Answer::Unknown;
+        };
+        if !ping.to.is_source_of(via) {
+            return Answer::Elsewhere;
         }
         if ping.purpose != Purpose::Search {
             self.pings.remove(&tx);
         }
-        Some(ping)
+        Answer::To(ping)
+    }
+
+    /// The peer to which the ping with this id went.
+    pub(crate) fn pinged(&self, tx: TxId) -> Option<NodeKey> {
+        self.pings.get(&tx).map(|ping| ping.peer)
     }
 
     /// Forgets pings whose time is up.
@@ -208,6 +272,11 @@ impl Core {
         Some(tx)
     }
 
+    /// Whether so many more sockets may be opened.
+    pub(crate) fn has_room_for_sockets(&self, count: usize) -> bool {
+        self.sockets.len() + count <= MAX_SOCKETS
+    }
+
     pub(crate) fn open_socket(&mut self, now: Instant, used: Use, low: bool) -> SocketId {
         self.next_socket += 1;
         let socket = SocketId(self.next_socket);
@@ -240,6 +309,13 @@ impl Core {
 
     pub(crate) fn is_open(&self, socket: SocketId) -> bool {
         socket == SocketId::MAIN || self.sockets.get(&socket).is_some_and(|socket| socket.open)
+    }
+
+    /// Something suggests that this node is not where it was measured to be.
+    pub(crate) fn measure_again(&mut self, now: Instant) {
+        if self.local_at.is_none_or(|at| now >= at + MEASURED) {
+            self.out.push_back(Output::Measure);
+        }
     }
 
     /// What peers are told of the NAT in front of this node.

@@ -18,6 +18,7 @@ mod rotation;
 mod score;
 mod search;
 pub mod sim;
+mod slot;
 mod survey;
 mod types;
 mod why;

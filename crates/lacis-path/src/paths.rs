@@ -1,21 +1,25 @@
 //! The state machine as its owner sees it: inputs to peers, outputs and timers from them.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use lacis_wire::disco::TxId;
 use lacis_wire::key::NodeKey;
 
 use crate::core::{Core, Use};
-use crate::peer::PeerState;
+use crate::peer::{MAX_ENDPOINTS, PeerState};
 use crate::rotation::Rotation;
 use crate::search::Searches;
+use crate::slot::SearchSlot;
 use crate::survey::Survey;
 use crate::types::{Input, Output, Path, Peer, SocketId};
 use crate::why::Why;
 
 /// How often sockets that nobody uses any more are looked for.
 const SWEEP: Duration = Duration::from_secs(10);
+/// Peers that may be at one address: several may stand behind one NAT, and anybody can claim to.
+const MAX_PEERS_AT: usize = 4;
 
 /// The ways to all peers. See the crate's documentation.
 #[derive(Debug)]
@@ -29,8 +33,9 @@ pub struct Paths {
 
 impl Paths {
     /// For the node with this key. `tun_mtu` is the size of packets inside the tunnel: ways must pass what becomes of
-    /// them. The seed makes identifiers of pings; they need not be secret, since all messages are sealed.
-    pub fn new(own: NodeKey, tun_mtu: u16, seed: u64) -> Self {
+    /// them. The seed makes the transaction ids of pings and STUN requests, which prove that an answer comes from where
+    /// the request went: 32 bytes from the system's generator, kept secret.
+    pub fn new(own: NodeKey, tun_mtu: u16, seed: [u8; 32]) -> Self {
         Self { core: Core::new(own, tun_mtu, seed), peers: BTreeMap::new(), sweep: None, now: None }
     }
 
@@ -66,7 +71,7 @@ impl Paths {
             }
             Input::LinkChanged => {
                 Survey::forget(core);
-                core.searching = None;
+                core.slot = SearchSlot::default();
                 // What servers saw was another network's.
                 core.local.endpoints.clear();
                 core.local.seen_v4 = None;
@@ -98,6 +103,10 @@ impl Paths {
             }
             Input::SocketOpened { socket, ok } => self.socket_opened(now, socket, ok),
             Input::Reflected { tx, seen } => {
+                // The router may have got another address, without any change that this host could notice.
+                if core.local.seen_v4.is_some_and(|known| IpAddr::V4(*known.ip()) != seen.ip()) {
+                    core.measure_again(now);
+                }
                 if Survey::reflected(core, now, tx, seen.port()) {
                     return;
                 }
@@ -129,7 +138,8 @@ impl Paths {
     fn set_peers(&mut self, now: Instant, list: Vec<Peer>) {
         let Self { core, peers, .. } = self;
         let mut gone = std::mem::take(peers);
-        for peer in list {
+        for mut peer in list {
+            peer.endpoints.truncate(MAX_ENDPOINTS);
             let key = peer.key;
             let state = match gone.remove(&key) {
                 Some(mut state) => {
@@ -225,10 +235,18 @@ impl Paths {
         self.peers.get(peer).map_or(Path::None, |peer| peer.path)
     }
 
-    /// The peer that is, or may be, at this address.
-    pub fn peer_at(&self, addr: SocketAddr) -> Option<NodeKey> {
-        let mut with = self.peers.values().filter(|peer| peer.ways.keys().any(|way| way.addr == addr));
-        with.next().map(|peer| peer.peer.key)
+    /// The peers that are, or may be, at this address: first those that were seen there. Claims of others do not hide
+    /// them.
+    pub fn peers_at(&self, addr: SocketAddr) -> Vec<NodeKey> {
+        let at = |peer: &PeerState| Some((peer.certainty_at(addr)?, peer.peer.key));
+        let mut peers: Vec<_> = self.peers.values().filter_map(at).collect();
+        peers.sort_by_key(|(certainty, _)| std::cmp::Reverse(*certainty));
+        peers.into_iter().take(MAX_PEERS_AT).map(|(_, key)| key).collect()
+    }
+
+    /// The peer to which the ping with this transaction id went: whose pong it is, whatever disco key it has.
+    pub fn pinged(&self, tx: TxId) -> Option<NodeKey> {
+        self.core.pinged(tx)
     }
 
     /// Ways that work now, to be kept over a restart. Only those of the main socket outlive it.

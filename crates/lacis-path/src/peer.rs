@@ -6,7 +6,7 @@ mod hearing;
 mod waking;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use lacis_wire::disco::traversal::{Mapping, NatReport, Traversal};
@@ -35,14 +35,16 @@ const HEARD: Duration = Duration::from_secs(45);
 /// New ways are used at once, so that routers take them for conversations.
 const EXERCISE: Duration = Duration::from_secs(1);
 const EXERCISED_FOR: Duration = Duration::from_millis(3500);
-/// Candidates taken from one message, and kept in all.
-const MOST_TOLD: usize = 32;
-const MOST_CANDIDATES: usize = 100;
+/// Candidates taken from one message or from the network map, and kept in all.
+pub(crate) const MAX_ENDPOINTS: usize = 32;
+const MAX_CANDIDATES: usize = 100;
 /// Packets that searches of ports may cost each side, and the seconds in which they are granted anew.
 const PROBES: f32 = 3500.0;
 const PROBES_REFILL: f32 = 600.0;
 /// What a message by relay and its answer may take, until it is measured.
 const RELAY_TRIP: Duration = Duration::from_millis(250);
+/// No slower answer is waited for: the peer decides when it answers.
+const MAX_RELAY_TRIP: Duration = Duration::from_secs(2);
 /// What was told by a relay so shortly before it was lost may be lost as well.
 const LOST: Duration = Duration::from_secs(10);
 
@@ -62,8 +64,10 @@ pub(crate) enum Whole {
 /// One way that may work.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Candidate {
-    /// The network map has it, or a former run of this daemon used it.
+    /// The network map has it.
     mapped: bool,
+    /// A former run of this daemon used it.
+    remembered: bool,
     /// The peer told it in its last call-me-maybe.
     told: bool,
     /// A ping came from there.
@@ -196,8 +200,9 @@ impl PeerState {
         }
         for candidate in self.ways.values_mut() {
             candidate.mapped = false;
+            candidate.remembered = false;
         }
-        for addr in self.peer.endpoints.iter().copied().filter(|addr| is_usable(*addr)).take(MOST_TOLD) {
+        for addr in self.peer.endpoints.iter().copied().filter(|addr| is_usable(*addr)) {
             self.ways.entry(Way::main(addr)).or_default().mapped = true;
         }
     }
@@ -205,8 +210,51 @@ impl PeerState {
     /// An address of a former run of this daemon.
     pub(crate) fn remember(&mut self, addr: SocketAddr) {
         if self.peer.disco && is_usable(addr) {
-            self.ways.entry(Way::main(addr)).or_default().mapped = true;
+            self.ways.entry(Way::main(addr)).or_default().remembered = true;
         }
+    }
+
+    /// How certain it is that this peer is at an address: 0 when it or the network map only says so; `None` when
+    /// nobody says so.
+    pub(crate) fn certainty_at(&self, addr: SocketAddr) -> Option<u8> {
+        let certainty = |(way, candidate): (&Way, &Candidate)| match candidate {
+            _ if self.best.is_some_and(|best| best.way == *way) => 4,
+            Candidate { last_pong: Some(_), .. } => 3,
+            Candidate { remembered: true, .. } => 2,
+            Candidate { heard: Some(_), .. } => 1,
+            _ => 0,
+        };
+        self.ways.iter().filter(|(way, _)| way.addr == addr).map(certainty).max()
+    }
+
+    /// Whether a port search may go to an address. That a peer says so is no reason to send hundreds of packets there:
+    /// an answer to a ping of ours must have come from it, or the control server must list it for the peer. Addresses
+    /// inside a site are searched only by who is seen at one (a STUN server inside), our own never.
+    pub(crate) fn may_search(&self, core: &Core, ip: Ipv4Addr) -> bool {
+        let is_it = |addr: &SocketAddr| addr.ip() == IpAddr::V4(ip);
+        let answered =
+            self.ways.iter().any(|(way, candidate)| is_it(&way.addr) && candidate.last_pong.is_some());
+        let listed = self.peer.endpoints.iter().any(is_it);
+        let own = core.local.endpoints.iter().any(is_it);
+        let outside = !is_private(ip.into());
+        let inside = core.local.seen_v4.is_some_and(|seen| is_private((*seen.ip()).into()));
+        (answered || listed) && !own && (outside || inside) && is_usable(SocketAddr::from((ip, 1)))
+    }
+
+    /// Takes the cost of a port search from this peer's budget and from that of all.
+    pub(crate) fn take_probes(&mut self, core: &mut Core, now: Instant, cost: f32) -> bool {
+        let taken = self.probes.take_many(now, cost);
+        if taken && !core.probes.take(now, cost, self.is_active(now)) {
+            self.probes.give_back(cost);
+            return false;
+        }
+        taken
+    }
+
+    /// Gives back what a port search did not use.
+    pub(crate) fn give_back_probes(&mut self, core: &mut Core, cost: f32) {
+        self.probes.give_back(cost);
+        core.probes.give_back(cost);
     }
 
     /// Gives back what it holds.
@@ -396,8 +444,14 @@ impl PeerState {
     /// Pings a candidate, if the peer's share of pings is not used up.
     pub(crate) fn ping_candidate(&mut self, core: &mut Core, now: Instant, way: Way, ttl: Option<u8>) {
         let Some(candidate) = self.ways.get_mut(&way) else { return };
-        let proven = candidate.last_pong.is_some_and(|at| now < at + Duration::from_mins(1));
+        let recent = |at: Option<Instant>, time| at.is_some_and(|at| now < at + time);
+        let proven = recent(candidate.last_pong, Duration::from_mins(1));
+        let claimed = !proven && !recent(candidate.heard, HEARD);
         if !proven && !self.bucket.take(now) {
+            return;
+        }
+        let active = self.active_until.is_some_and(|until| now < until);
+        if claimed && !core.may_ping_claimed(now, active) {
             return;
         }
         candidate.pings += 1;
@@ -413,11 +467,20 @@ impl PeerState {
         self.ways.retain(|way, candidate| {
             let recent = |at: Option<Instant>| at.is_some_and(|at| now < at + HEARD);
             candidate.mapped
+                || candidate.remembered
                 || candidate.told
                 || recent(candidate.heard)
                 || (recent(candidate.last_pong) && !matches!(candidate.whole, Whole::Fails(_)))
                 || Some(*way) == best
         });
+    }
+
+    /// Whether one more candidate can be kept.
+    fn has_room(&mut self, now: Instant) -> bool {
+        if self.ways.len() >= MAX_CANDIDATES {
+            self.prune(now);
+        }
+        self.ways.len() < MAX_CANDIDATES
     }
 
     /// Packets cannot be sent that way.

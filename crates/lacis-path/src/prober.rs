@@ -1,7 +1,7 @@
 //! The other side of a port search: probes the ports that an opener names, until one answers.
 //!
-//! Somebody who may send us messages could have us probe a stranger, so there are bounds: only addresses that the
-//! peer has as its own, few ports, few searches. A **canary** (a new socket that asks a server for its place) tells
+//! A peer could have us probe a third party, so there are bounds: only addresses that the control server lists for the
+//! peer or that have answered ([`PeerState::may_search`]), few ports, few searches, one peer after the other. A **canary** (a new socket that asks a server for its place) tells
 //! now and then whether the network still lets new flows through; if not, the search ends.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use lacis_wire::disco::TxId;
 use lacis_wire::disco::traversal::{Mapping, ProbeFrom, Traversal};
+use lacis_wire::key::NodeKey;
+use rand::seq::SliceRandom as _;
 
 use crate::core::{Core, Use};
 use crate::peer::PeerState;
 use crate::question::Question;
-use crate::search::{FEW, HIT, Outcome, REPEAT, REPEATS, TICK, close_unused};
+use crate::search::{FEW, HIT, MIN_COST, Outcome, REPEAT, REPEATS, TICK, close_unused};
 use crate::types::{SocketId, Way};
 
 /// Probes in each burst: 1,000 a second.
@@ -30,6 +32,9 @@ const CANARY_AGAIN: Duration = Duration::from_millis(250);
 const CANARY_LOST: Duration = Duration::from_millis(700);
 /// The last answers may take this long.
 const LAST_ANSWERS: Duration = Duration::from_millis(800);
+/// A new socket is closed when the opener has not asked for probes from it so long after it asked for the socket.
+const FRESH_UNUSED: Duration = Duration::from_secs(15);
+
 /// A socket that was opened because an opener asked for a port that nothing has spoilt.
 #[derive(Debug)]
 pub(crate) struct Fresh {
@@ -39,22 +44,38 @@ pub(crate) struct Fresh {
     question: Option<Question>,
     /// There is nothing more to ask, only an answer to wait for.
     asked: bool,
+    unused_at: Instant,
+}
+
+/// Says that no probe was or will be sent.
+fn refuse(core: &mut Core, peer: NodeKey, search: u32) {
+    core.tell(peer, Traversal::Missed { search, probes: 0, exhausted: false });
 }
 
 impl Fresh {
     pub(crate) fn timeout(&self) -> Option<Instant> {
-        self.question.as_ref().filter(|_| !self.asked).map(|question| question.next)
+        let question = self.question.as_ref().filter(|_| !self.asked).map(|question| question.next);
+        Some(question.map_or(self.unused_at, |at| at.min(self.unused_at)))
     }
 
     pub(crate) fn asked(state: &mut PeerState, core: &mut Core, now: Instant, search: u32) {
         if !core.local.searches || core.local.stun.is_empty() || !core.local.udp {
             return;
         }
+        if state.searches.is_busy() {
+            return refuse(core, state.peer.key, search);
+        }
         if let Some(old) = state.searches.fresh.take() {
             close_unused(state, core, now, old.socket);
         }
+        // What would be refused later costs the opener nothing when it is refused now.
+        let known = state.nat.and_then(|nat| nat.seen).is_none_or(|seen| state.may_search(core, *seen.ip()));
+        if !known || !core.has_room_for_sockets(1) || !core.slot.is_free_for(now, &state.peer.key) {
+            return refuse(core, state.peer.key, search);
+        }
         let socket = core.open_socket(now, Use::Peer(state.peer.key), false);
-        state.searches.fresh = Some(Self { search, socket, question: None, asked: false });
+        let unused_at = now + FRESH_UNUSED;
+        state.searches.fresh = Some(Self { search, socket, question: None, asked: false, unused_at });
     }
 
     pub(crate) fn opened(state: &mut PeerState, core: &mut Core, now: Instant, socket: SocketId, ok: bool) {
@@ -78,6 +99,15 @@ impl Fresh {
     }
 
     pub(crate) fn wake(state: &mut PeerState, core: &mut Core, now: Instant) {
+        if let Some(fresh) = state.searches.fresh.take_if(|fresh| fresh.unused_at <= now) {
+            let probing = state.searches.prober.as_ref();
+            if probing.is_some_and(|prober| prober.sockets.contains(&fresh.socket)) {
+                let unused_at = now + FRESH_UNUSED;
+                state.searches.fresh = Some(Self { unused_at, ..fresh });
+            } else {
+                close_unused(state, core, now, fresh.socket);
+            }
+        }
         if let Some(fresh) = &mut state.searches.fresh
             && fresh.timeout().is_some_and(|at| at <= now)
             && let Some(question) = &mut fresh.question
@@ -121,16 +151,12 @@ impl Prober {
         now: Instant,
         (search, from, at, ranges): (u32, ProbeFrom, Ipv4Addr, Vec<RangeInclusive<u16>>),
     ) {
-        let refuse = |core: &mut Core, peer| {
-            core.tell(peer, Traversal::Missed { search, probes: 0, exhausted: false });
-        };
-        let of_peer = state.ways.keys().any(|way| way.addr.ip() == at);
         let low = matches!(from, ProbeFrom::Low(_));
         let able = core.local.searches
             && core.local.udp
             && (if low { core.local.low_ports } else { core.local.mapping != Mapping::Varies });
-        if !of_peer || !able || core.searching.is_some() || state.searches.is_busy() {
-            return refuse(core, state.peer.key);
+        if !able || state.searches.is_busy() || !state.may_search(core, at) {
+            return refuse(core, state.peer.key, search);
         }
         let mut ports = Vec::new();
         for range in ranges {
@@ -138,28 +164,33 @@ impl Prober {
                 break;
             }
             let mut some: Vec<_> = range.filter(|port| *port != 0).collect();
-            core.rng.shuffle(&mut some);
+            some.shuffle(&mut core.rng);
             ports.extend(some);
         }
         ports.truncate(MOST_PORTS);
         let sockets = if let ProbeFrom::Low(count) = from { count.clamp(1, MOST_LOW) } else { 1 };
-        if !state.probes.take_many(now, ports.len() as f32 * f32::from(sockets)) {
-            return refuse(core, state.peer.key);
-        }
         let fresh = state.searches.fresh.as_ref().filter(|fresh| fresh.search == search);
         let known = match (from, fresh) {
             (ProbeFrom::Main, _) => vec![SocketId::MAIN],
             (ProbeFrom::Fresh, Some(fresh)) => vec![fresh.socket],
-            (ProbeFrom::Fresh, None) => return refuse(core, state.peer.key),
+            (ProbeFrom::Fresh, None) => return refuse(core, state.peer.key, search),
             (ProbeFrom::Low(_), _) => Vec::new(),
         };
+        // And one for the canary.
+        if !core.has_room_for_sockets(usize::from(sockets) + 1) || !core.slot.take(now, state.peer.key) {
+            return refuse(core, state.peer.key, search);
+        }
+        let cost = (ports.len() as f32 * f32::from(sockets)).max(MIN_COST);
+        if !state.take_probes(core, now, cost) {
+            core.slot.release(&state.peer.key);
+            return refuse(core, state.peer.key, search);
+        }
         let mut waiting = Vec::new();
         if low {
             for _ in 0..sockets {
                 waiting.push(core.open_socket(now, Use::Peer(state.peer.key), true));
             }
         }
-        core.searching = Some(state.peer.key);
         state.searches.prober = Some(Self {
             search,
             at,
@@ -233,7 +264,7 @@ impl Prober {
             core.tell(state.peer.key, Traversal::Missed { search: prober.search, probes, exhausted });
             state.searches.outcome = Some(if exhausted { Outcome::Exhausted } else { Outcome::Missed });
             prober.close(state, core, now);
-            core.searching = None;
+            core.slot.release(&state.peer.key);
             return;
         }
         prober.watch_canary(core, now);
@@ -271,7 +302,7 @@ impl Prober {
             core.probe(state.peer.key, Way { socket, addr }, None, self.tx);
         }
         if self.sent == 0 {
-            core.expect_probes(now, state.peer.key, self.tx);
+            core.expect_probes(now, state.peer.key, self.tx, self.at.into());
         }
         state.probes_sent += (end - self.sent) as u32;
         self.sent = end;

@@ -114,6 +114,10 @@ impl Rotation {
                     self.next = now + AFTER / 2;
                     return;
                 }
+                if !core.has_room_for_sockets(1) {
+                    self.next = now + AGAIN;
+                    return;
+                }
                 self.socket = core.open_socket(now, Use::Peer(state.peer.key), false);
                 self.step = Step::Opening;
                 self.next = now + ASK_AGAIN * 4;
@@ -180,6 +184,9 @@ impl Rotation {
 
     fn send(&self, state: &PeerState, core: &mut Core, now: Instant, ttl: Option<u8>) {
         for addr in state.outside().into_iter().take(MOST_ADDRESSES) {
+            if !core.may_ping_claimed(now, state.is_active(now)) {
+                return;
+            }
             let way = Way { socket: self.socket, addr };
             core.ping(now, state.peer.key, Some(way), ttl, Purpose::Discover);
         }

@@ -51,16 +51,46 @@ impl Bucket {
 
     /// So many at once, or none.
     pub(crate) fn take_many(&mut self, now: Instant, count: f32) -> bool {
+        self.take_above(now, count, 0.0)
+    }
+
+    /// So many at once, or none if fewer than `reserve` would be left.
+    pub(crate) fn take_above(&mut self, now: Instant, count: f32, reserve: f32) -> bool {
         if let Some(at) = self.at {
             let more = now.saturating_duration_since(at).as_secs_f32() * self.rate;
             self.tokens = (self.tokens + more).min(self.size);
         }
         self.at = Some(now);
-        let enough = self.tokens >= count;
+        let enough = self.tokens - count >= reserve;
         if enough {
             self.tokens -= count;
         }
         enough
+    }
+
+    /// Gives back what was taken and not used.
+    pub(crate) fn give_back(&mut self, count: f32) {
+        self.tokens = (self.tokens + count).min(self.size);
+    }
+}
+
+/// What all peers together may make us send: a bucket of which half is kept for the peers that this host talks to, so
+/// that nodes which only ask for packets cannot use up what the others need.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SharedBudget(Bucket);
+
+impl SharedBudget {
+    pub(crate) const fn new(size: f32, rate: f32) -> Self {
+        Self(Bucket::new(size, rate))
+    }
+
+    pub(crate) fn take(&mut self, now: Instant, count: f32, talked_to: bool) -> bool {
+        let reserve = if talked_to { 0.0 } else { self.0.size / 2.0 };
+        self.0.take_above(now, count, reserve)
+    }
+
+    pub(crate) fn give_back(&mut self, count: f32) {
+        self.0.give_back(count);
     }
 }
 
@@ -81,6 +111,14 @@ mod tests {
         assert!(!is_better(way("198.51.100.8:1", 20), far));
         assert!(!is_better(far, way("198.51.100.8:1", 20)));
         assert!(!is_better(way("192.168.1.2:1", 30), far), "a private address that is a detour");
+    }
+
+    #[test]
+    fn peers_that_are_not_talked_to_leave_half_of_a_shared_budget() {
+        let now = Instant::now();
+        let mut budget = SharedBudget::new(10.0, 0.0);
+        assert_eq!((0..20).filter(|_| budget.take(now, 1.0, false)).count(), 5);
+        assert_eq!((0..20).filter(|_| budget.take(now, 1.0, true)).count(), 5);
     }
 
     #[test]

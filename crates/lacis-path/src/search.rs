@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use lacis_wire::disco::TxId;
 use lacis_wire::disco::traversal::{Allocator, Mapping, NatReport, ProbeFrom, Traversal};
 use lacis_wire::key::NodeKey;
+use rand::Rng as _;
 
 use crate::core::{Core, Use};
 use crate::peer::{OPENING_TTL, PeerState};
@@ -40,6 +41,9 @@ const NEXT_TRY: Duration = Duration::from_millis(400);
 const NEXT_SERIES: Duration = Duration::from_mins(10);
 /// After a prober did not answer.
 const UNANSWERED: Duration = Duration::from_secs(2);
+/// After it refused; twice as long after each two refusals more, up to the second value.
+const REFUSED: Duration = Duration::from_secs(1);
+const MAX_REFUSED: Duration = Duration::from_mins(1);
 /// After a network had no room for more flows.
 const EXHAUSTED: Duration = Duration::from_mins(30);
 /// Packets go out in bursts.
@@ -56,6 +60,8 @@ pub(crate) const REPEAT: Duration = Duration::from_millis(200);
 const ANSWER: Duration = Duration::from_millis(1500);
 /// From the first probe that arrives to a way that is proven.
 pub(crate) const HIT: Duration = Duration::from_secs(3);
+/// What a search takes from the budgets at least, so that many small ones cannot keep the place for searches.
+pub(crate) const MIN_COST: f32 = 32.0;
 /// Low sockets of each side, when both mappings vary.
 const LOW_PAIR: u8 = 2;
 
@@ -75,6 +81,8 @@ pub(crate) struct Searches {
     pub(crate) prober: Option<Prober>,
     pub(crate) fresh: Option<Fresh>,
     tries: u8,
+    /// In a row, since anything was searched.
+    refusals: u8,
     next: Option<Instant>,
     pub(crate) outcome: Option<Outcome>,
 }
@@ -101,6 +109,7 @@ struct Opener {
     step: Step,
     next: Instant,
     plan: Plan,
+    cost: f32,
     target: Target,
     /// Where our sockets are seen.
     at: Option<IpAddr>,
@@ -147,12 +156,12 @@ impl Plan {
         }
     }
 
-    /// Packets of both sides.
+    /// What it takes from the budgets: the packets of both sides.
     fn cost(&self, both: bool) -> f32 {
         let openings =
             if both { u32::from(LOW_PAIR) * LINUX_LOW.count() as u32 } else { u32::from(self.sockets) };
         let probers = if both { u32::from(LOW_PAIR) } else { 1 };
-        (openings + self.probes() * probers) as f32
+        ((openings + self.probes() * probers) as f32).max(MIN_COST)
     }
 
     fn probes(&self) -> u32 {
@@ -183,15 +192,14 @@ impl Searches {
         if let Some(fresh) = state.searches.fresh.take() {
             close_unused(state, core, now, fresh.socket);
         }
-        if core.searching == Some(state.peer.key) {
-            core.searching = None;
-        }
+        core.slot.release(&state.peer.key);
     }
 
     /// The peer's network is another one: what failed may work now.
     pub(crate) fn again(state: &mut PeerState) {
         if !state.searches.is_busy() {
             state.searches.tries = 0;
+            state.searches.refusals = 0;
             state.searches.next = None;
         }
     }
@@ -199,7 +207,9 @@ impl Searches {
     /// There is a direct way: what was searched for is found, or not needed.
     pub(crate) fn found(state: &mut PeerState, core: &mut Core, now: Instant) {
         Self::stop(state, core, now);
+        core.slot.forget(&state.peer.key);
         state.searches.tries = 0;
+        state.searches.refusals = 0;
         state.searches.next = None;
         state.searches.outcome = None;
     }
@@ -209,30 +219,58 @@ impl Searches {
             Traversal::Nat { .. } => {}
             Traversal::Fresh { search } => Fresh::asked(state, core, now, search),
             Traversal::FreshAt { search, at } => {
-                if let Some(opener) = &mut state.searches.opener
-                    && opener.search == search
-                    && matches!(opener.step, Step::Fresh)
-                {
+                let may = state.may_search(core, *at.ip());
+                let Some(opener) = &mut state.searches.opener else { return };
+                if opener.search != search || !matches!(opener.step, Step::Fresh) {
+                    return;
+                }
+                if may {
                     opener.target = Target::One(at, ProbeFrom::Fresh);
                     opener.open(core, now, state.peer.key);
+                } else {
+                    Self::refused(state, core, now);
                 }
             }
             Traversal::Probe { search, from, at, ports } => {
                 Prober::begin(state, core, now, (search, from, at, ports));
             }
-            Traversal::Missed { search, exhausted, .. } => {
-                if state.searches.opener.as_ref().is_some_and(|opener| opener.search == search) {
-                    let outcome = if exhausted { Outcome::Exhausted } else { Outcome::Missed };
-                    Self::missed(state, core, now, outcome);
+            Traversal::Missed { search, probes, exhausted } => {
+                if state.searches.opener.as_ref().is_none_or(|opener| opener.search != search) {
+                    return;
+                }
+                match (probes, exhausted) {
+                    (_, true) => Self::missed(state, core, now, Outcome::Exhausted),
+                    (0, false) => Self::refused(state, core, now),
+                    (_, false) => Self::missed(state, core, now, Outcome::Missed),
                 }
             }
         }
+    }
+
+    /// The prober has not begun: it may be busy, or not know our address from the control server yet. That was no try.
+    fn refused(state: &mut PeerState, core: &mut Core, now: Instant) {
+        let doublings = u32::from(state.searches.refusals / 2);
+        state.searches.refusals = state.searches.refusals.saturating_add(1);
+        Self::not_begun(state, core, now, REFUSED.saturating_mul(1 << doublings.min(6)).min(MAX_REFUSED));
+        core.measure_again(now);
+    }
+
+    fn not_begun(state: &mut PeerState, core: &mut Core, now: Instant, pause: Duration) {
+        if let Some(opener) =
+            state.searches.opener.as_ref().filter(|opener| matches!(opener.step, Step::Fresh))
+        {
+            let cost = opener.cost;
+            state.give_back_probes(core, cost);
+        }
+        Self::stop(state, core, now);
+        state.searches.next = Some(now + pause);
     }
 
     fn missed(state: &mut PeerState, core: &mut Core, now: Instant, outcome: Outcome) {
         Self::stop(state, core, now);
         let searches = &mut state.searches;
         searches.tries += 1;
+        searches.refusals = 0;
         searches.outcome = Some(outcome);
         let pause = match outcome {
             Outcome::Exhausted => EXHAUSTED,
@@ -255,9 +293,8 @@ impl Searches {
             let began = !matches!(opener.step, Step::Fresh);
             state.searches.opener = Some(opener);
             if end.is_some() && !began {
-                // The prober has not answered: nothing was tried.
-                Self::stop(state, core, now);
-                state.searches.next = Some(now + UNANSWERED);
+                // The prober has not answered.
+                Self::not_begun(state, core, now, UNANSWERED);
             } else if let Some(outcome) = end {
                 Self::missed(state, core, now, outcome);
             }
@@ -284,7 +321,7 @@ impl Searches {
         if !(ours.udp && ours.searches && theirs.udp && theirs.searches) {
             return None;
         }
-        let seen = theirs.seen?;
+        let seen = theirs.seen.filter(|seen| state.may_search(core, *seen.ip()))?;
         if ours.seen.is_some_and(|ours| ours.ip() == seen.ip()) {
             // Behind the same router: it would have to turn packets round, which rounds of pings find out.
             return None;
@@ -305,7 +342,7 @@ impl Searches {
     }
 
     fn begin(state: &mut PeerState, core: &mut Core, now: Instant, target: Target) {
-        if core.searching.is_some() || core.survey.is_running() || state.searches.is_busy() {
+        if core.survey.is_running() || state.searches.is_busy() {
             state.searches.next = Some(now + NEXT_TRY);
             return;
         }
@@ -319,17 +356,24 @@ impl Searches {
         }
         let both = matches!(target, Target::Low(_));
         let plan = Plan::of(core, both);
-        if !state.probes.take_many(now, plan.cost(both)) {
+        let sockets = usize::from(plan.sockets) + 1;
+        if !core.has_room_for_sockets(sockets) || !core.slot.take(now, state.peer.key) {
+            state.searches.next = Some(now + NEXT_TRY);
+            return;
+        }
+        let cost = plan.cost(both);
+        if !state.take_probes(core, now, cost) {
+            core.slot.release(&state.peer.key);
             state.searches.next = Some(now + NEXT_SERIES);
             return;
         }
-        core.searching = Some(state.peer.key);
         state.searches.next = None;
         let mut opener = Opener {
-            search: core.rng.u32(..),
+            search: core.rng.next_u32(),
             step: Step::Fresh,
             next: now + ANSWER.max(state.relay_trip() * 3),
             plan,
+            cost,
             target,
             at: None,
             waiting: Vec::new(),
@@ -476,7 +520,8 @@ impl Opener {
             core.probe(state.peer.key, way, Some(ttl), tx);
         }
         // Should one arrive after all, its answer counts.
-        core.expect_probes(now, state.peer.key, tx);
+        let (Target::One(addr, _) | Target::Low(addr)) = self.target;
+        core.expect_probes(now, state.peer.key, tx, (*addr.ip()).into());
         state.probes_sent += (end - at) as u32;
         (end, all)
     }

@@ -1,79 +1,12 @@
 //! The state machine from outside, one rule at a time. Whole networks are in `networks.rs`.
 
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+mod common;
 
-use lacis_path::{Input, Local, Output, Path, Paths, Peer, Via, Way};
-use lacis_wire::disco::traversal::Mapping;
+use std::time::Duration;
+
+use common::{Alice, BOB, at, bob, pings};
+use lacis_path::{Input, Output, Path, Peer, Via, Way};
 use lacis_wire::disco::{Message, TxId};
-use lacis_wire::key::NodeKey;
-
-const BOB: NodeKey = NodeKey::from_bytes([2; 32]);
-
-struct Alice {
-    paths: Paths,
-    now: Instant,
-}
-
-impl Alice {
-    fn new(bob: Peer) -> Self {
-        let mut alice =
-            Self { paths: Paths::new(NodeKey::from_bytes([1; 32]), 1280, 7), now: Instant::now() };
-        let local = Local {
-            endpoints: vec![at("198.51.100.1:41641")],
-            udp: true,
-            mapping: Mapping::Independent,
-            ..Local::default()
-        };
-        alice.give(Input::Local(local));
-        alice.give(Input::Peers(vec![bob]));
-        alice
-    }
-
-    fn give(&mut self, input: Input) -> Vec<Output> {
-        self.paths.handle(self.now, input);
-        std::iter::from_fn(|| self.paths.poll_output()).collect()
-    }
-
-    fn hear(&mut self, via: Via, message: Message) -> Vec<Output> {
-        self.give(Input::Disco { peer: BOB, via, message })
-    }
-
-    /// Lets time pass, with all timers in it.
-    fn pass(&mut self, time: Duration) -> Vec<Output> {
-        let end = self.now + time;
-        let mut outputs = Vec::new();
-        while let Some(due) = self.paths.poll_timeout().filter(|due| *due <= end) {
-            self.now = due.max(self.now);
-            self.paths.wake(self.now);
-            outputs.extend(std::iter::from_fn(|| self.paths.poll_output()));
-        }
-        self.now = end;
-        outputs
-    }
-}
-
-fn at(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
-}
-
-fn bob(endpoints: &[&str]) -> Peer {
-    Peer {
-        key: BOB,
-        disco: true,
-        home: 1,
-        endpoints: endpoints.iter().map(|text| at(text)).collect(),
-        wireguard_only: false,
-    }
-}
-
-fn pings(outputs: &[Output]) -> Vec<(Way, TxId, usize)> {
-    let ping = |output: &Output| match output {
-        Output::Send { way, message: Message::Ping { tx, padding, .. }, .. } => Some((*way, *tx, *padding)),
-        _ => None,
-    };
-    outputs.iter().filter_map(ping).collect()
-}
 
 #[test]
 fn a_way_is_taken_once_datagrams_of_full_size_pass() {

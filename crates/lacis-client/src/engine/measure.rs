@@ -19,6 +19,9 @@ const MEASURE_SPREAD: Duration = Duration::from_secs(6);
 /// What changes seldom is measured so often.
 const FULL_EVERY: Duration = Duration::from_mins(5);
 
+/// Requests for a measurement that may wait; more are refused.
+const MAX_WAITING: usize = 64;
+
 /// What a measurement found.
 #[derive(Debug)]
 pub(super) struct Measurement {
@@ -194,6 +197,12 @@ impl Engine {
         if self.map.is_none() {
             let text = "no relays are known before this node has joined a network: run `lacis up` first";
             let _ = reply.send(Err(text.to_owned()));
+            return;
+        }
+        // Those whose asker has gone.
+        self.netcheck.waiting.retain(|reply| !reply.is_closed());
+        if self.netcheck.waiting.len() >= MAX_WAITING {
+            let _ = reply.send(Err("too many requests wait for a measurement of the network".to_owned()));
             return;
         }
         self.netcheck.waiting.push(reply);

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use lacis_path::{Input, Local, Output, Via};
+use lacis_path::{Input, Local, Output, Paths, Via};
 use lacis_relay::client::RelayEvent;
 use lacis_tunnel::{Event, PongKind, SocketId, UdpIn, Way};
 use lacis_wire::control::Node;
 use lacis_wire::disco::traversal::Mapping;
 use lacis_wire::disco::{self, Message};
-use lacis_wire::key::NodeKey;
+use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::NetcheckReport;
 use lacis_wire::stun;
 use tokio::time::Instant;
@@ -21,6 +21,7 @@ use super::pings::Token;
 use crate::interfaces;
 use crate::links::{Change, LinkState};
 use crate::netcheck;
+use crate::netmap::NetMap;
 
 /// STUN answers that are waited for.
 const MOST_REFLECTIONS: usize = 1024;
@@ -172,19 +173,20 @@ impl Engine {
         }
     }
 
-    /// A sealed message; `from` is whom the relay says it is from.
+    /// A sealed message; `from` is the source that the relay gives.
     pub(super) fn disco(&mut self, data: &[u8], via: Via, from: Option<NodeKey>) {
         let Some(map) = &self.map else { return };
-        let Some(peer) = disco::sender(data).and_then(|key| map.peer_by_disco(&key)) else { return };
-        let peer_key = peer.key;
-        // What came by relay must come from the node that it claims.
-        if from.is_some_and(|from| from != peer_key) {
+        // Only keys of the network map get a shared secret.
+        let Some(key) = disco::sender(data).filter(|key| map.peers_by_disco(key).next().is_some()) else {
             return;
-        }
+        };
         match self.boxes.open(data) {
-            Ok((_, Message::Ping { node_key: Some(claimed), .. })) if claimed != peer_key => {}
-            Ok((_, message)) => self.path_input(Input::Disco { peer: peer_key, via, message }),
-            Err(error) => tracing::debug!(peer = %peer_key, %error, "a disco message is ignored"),
+            Ok((_, message)) => {
+                if let Some(peer) = sender(map, &self.paths, &key, from, &message) {
+                    self.path_input(Input::Disco { peer, via, message });
+                }
+            }
+            Err(error) => tracing::debug!(disco_key = %key, %error, "a disco message is ignored"),
         }
     }
 
@@ -203,7 +205,7 @@ impl Engine {
                 self.path_input(Input::SendFailed { peer: key, way: from_tunnel(way) });
             }
             Event::StraySession { way } => {
-                if let Some(peer) = self.paths.peer_at(way.addr) {
+                for peer in self.paths.peers_at(way.addr) {
                     tracing::debug!(peer = %self.peer_name(&peer), "a peer talks on where this node has restarted");
                     self.tunnel.begin_session(peer);
                     // It may be that only a direct way reaches it.
@@ -329,6 +331,123 @@ impl Engine {
     }
 }
 
+/// The peer that a disco message is from. Several may announce the same disco key, since nothing keeps a node from
+/// announcing another's: so the key alone does not decide, but who sent it, as in the stock client. By relay that is
+/// the source node key, of a ping by UDP the node key in it, of a pong the peer that was pinged with this transaction
+/// id. In every case that peer must announce the key with which the message is sealed.
+fn sender(
+    map: &NetMap,
+    paths: &Paths,
+    key: &DiscoKey,
+    from: Option<NodeKey>,
+    message: &Message,
+) -> Option<NodeKey> {
+    let claimed = match message {
+        Message::Ping { node_key, .. } => *node_key,
+        Message::Pong { tx, .. } if from.is_none() => Some(paths.pinged(*tx)?),
+        _ => None,
+    };
+    let node_key = match (from, claimed) {
+        (Some(from), Some(claimed)) if from != claimed => return None,
+        (Some(node_key), _) | (None, Some(node_key)) => node_key,
+        (None, None) => {
+            // A ping of an old client, or something that counts by relay only.
+            let mut holders = map.peers_by_disco(key);
+            let only = holders.next()?.key;
+            return holders.next().is_none().then_some(only);
+        }
+    };
+    map.peers_by_disco(key).any(|peer| peer.key == node_key).then_some(node_key)
+}
+
 pub(super) fn short_name(node: &Node) -> &str {
     node.name.split('.').next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use lacis_path::{Peer, RegionId};
+    use lacis_wire::disco::TxId;
+    use serde_json::json;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::netmap::Session;
+
+    const REGION: RegionId = 1;
+
+    fn node(n: u8) -> NodeKey {
+        NodeKey::from_bytes([n; 32])
+    }
+
+    fn disco_key(n: u8) -> DiscoKey {
+        DiscoKey::from_bytes([n; 32])
+    }
+
+    /// Mallory (2), who comes first in the map, announces bob's (3) disco key as his own. Carol (4) has her own.
+    fn network() -> (NetMap, Paths) {
+        let peer = |id: u8, disco: u8| {
+            json!({"ID": id, "Name": format!("n{id}.lab.example."), "Key": node(id), "DiscoKey": disco_key(disco),
+                   "Endpoints": [format!("198.51.100.{id}:41641")]})
+        };
+        let frame = serde_json::from_value(json!({
+            "Node": {"ID": 1, "Name": "a.lab.example.", "Key": node(1)},
+            "Peers": [peer(2, 3), peer(3, 3), peer(4, 4)],
+        }));
+        let mut session = Session::default();
+        session.apply(frame.unwrap(), OffsetDateTime::UNIX_EPOCH).unwrap();
+        let mut paths = Paths::new(node(1), 1280, [7; 32]);
+        let peers = (2..=4).map(|n| Peer {
+            key: node(n),
+            disco: true,
+            home: REGION,
+            endpoints: vec![SocketAddr::from(([198, 51, 100, n], 41641))],
+            wireguard_only: false,
+        });
+        paths.handle(std::time::Instant::now(), Input::Peers(peers.collect()));
+        (session.map().unwrap().clone(), paths)
+    }
+
+    fn ping(from: Option<u8>) -> Message {
+        Message::Ping { tx: TxId([1; 12]), node_key: from.map(node), padding: 0 }
+    }
+
+    #[test]
+    fn by_relay_the_source_decides_whose_a_message_is() {
+        let (map, paths) = network();
+        let from = |source: u8, disco: u8, message: &Message| {
+            sender(&map, &paths, &disco_key(disco), Some(node(source)), message)
+        };
+        let call = Message::CallMeMaybe { endpoints: Vec::new() };
+        assert_eq!(from(3, 3, &call), Some(node(3)), "bob is heard although another announces his key");
+        assert_eq!(from(3, 3, &ping(Some(3))), Some(node(3)));
+        assert_eq!(from(3, 3, &ping(Some(2))), None, "the ping says that it is another's");
+        assert_eq!(from(4, 3, &call), None, "carol does not announce that key");
+        assert_eq!(from(9, 3, &call), None);
+    }
+
+    #[test]
+    fn a_ping_by_udp_is_whose_node_key_it_has() {
+        let (map, paths) = network();
+        let of = |disco: u8, message: &Message| sender(&map, &paths, &disco_key(disco), None, message);
+        assert_eq!(of(3, &ping(Some(3))), Some(node(3)));
+        assert_eq!(of(4, &ping(Some(3))), None, "carol cannot ping as bob");
+        assert_eq!(of(3, &ping(None)), None, "two announce that key");
+        assert_eq!(of(4, &ping(None)), Some(node(4)));
+    }
+
+    #[test]
+    fn a_pong_by_udp_is_whom_the_ping_went_to() {
+        let (map, mut paths) = network();
+        paths.handle(std::time::Instant::now(), Input::Sending(node(3)));
+        let sent = std::iter::from_fn(|| paths.poll_output()).find_map(|output| match output {
+            Output::Send { message: Message::Ping { tx, .. }, .. } => Some(tx),
+            _ => None,
+        });
+        let pong = |tx| Message::Pong { tx, src: SocketAddr::from(([192, 0, 2, 1], 1)) };
+        let of = |disco: u8, message| sender(&map, &paths, &disco_key(disco), None, &message);
+        assert_eq!(of(3, pong(sent.unwrap())), Some(node(3)));
+        assert_eq!(of(4, pong(sent.unwrap())), None, "carol was not pinged");
+        assert_eq!(of(3, pong(TxId([0; 12]))), None);
+    }
 }

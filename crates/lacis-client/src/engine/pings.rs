@@ -112,7 +112,7 @@ impl Engine {
             }
             PingKind::Icmp => {
                 self.pings.last_icmp = self.pings.last_icmp.wrapping_add(1);
-                self.tunnel.icmp_ping(node.key, ip, std::process::id() as u16, self.pings.last_icmp);
+                self.tunnel.icmp_ping(node.key, ip, random_number() as u16, self.pings.last_icmp);
                 Token::Icmp(self.pings.last_icmp)
             }
         };

@@ -8,10 +8,10 @@ use lacis_wire::disco::traversal::Traversal;
 use lacis_wire::disco::{Message, TxId};
 
 use super::{
-    Best, EXERCISE, EXERCISED_FOR, LEAST_WAIT, MOST_CANDIDATES, MOST_TOLD, PeerState, ROUND, TRUST, Whole,
-    is_usable,
+    Best, EXERCISE, EXERCISED_FOR, LEAST_WAIT, MAX_CANDIDATES, MAX_ENDPOINTS, MAX_RELAY_TRIP, PeerState,
+    ROUND, TRUST, Whole, is_usable,
 };
-use crate::core::{Core, Purpose};
+use crate::core::{Answer, Core, Purpose};
 use crate::rotation::Rotation;
 use crate::score::is_better;
 use crate::search::Searches;
@@ -71,7 +71,7 @@ impl PeerState {
                 self.tell_nat(core, now, false);
                 self.look(core, now);
             } else if let Some(asked) = self.nat_asked.take() {
-                self.relay_trip = Some(now.saturating_duration_since(asked));
+                self.relay_trip = Some(now.saturating_duration_since(asked).min(MAX_RELAY_TRIP));
                 self.answered_call(core, now);
             }
         } else {
@@ -93,12 +93,14 @@ impl PeerState {
             ttl: None,
             message: Message::Pong { tx, src: way.addr },
         });
+        self.heard_from(core, now, way);
+    }
+
+    /// A ping of the peer came from there, or a pong that does not prove the way.
+    fn heard_from(&mut self, core: &mut Core, now: Instant, way: Way) {
         core.heard_on(now, way.socket);
-        if self.ways.len() >= MOST_CANDIDATES && !self.ways.contains_key(&way) {
-            self.prune(now);
-            if self.ways.len() >= MOST_CANDIDATES {
-                return;
-            }
+        if !self.ways.contains_key(&way) && !self.has_room(now) {
+            return;
         }
         self.searches.hit(now, way.socket);
         // The two sides may prefer different ways; news is only one that was silent before.
@@ -121,19 +123,28 @@ impl PeerState {
     }
 
     fn ponged(&mut self, core: &mut Core, now: Instant, via: Via, tx: TxId) {
-        let Some(ping) = core.answered(&self.peer.key, tx) else { return };
+        let ping = match core.answered(&self.peer.key, via, tx) {
+            Answer::To(ping) => ping,
+            // Where it comes from is one more address to try: what we send there may arrive as well.
+            Answer::Elsewhere => {
+                if let Via::Udp(way) = via
+                    && is_usable(way.addr)
+                {
+                    self.heard_from(core, now, way);
+                }
+                return;
+            }
+            Answer::Unknown => return,
+        };
         let latency = now.saturating_duration_since(ping.at);
         if let Purpose::User(token) = ping.purpose {
             core.forget_token(token);
-            let via = ping.way.map_or(via, Via::Udp);
             core.out.push_back(Output::Pong { token, via, latency });
         }
-        let way = match (ping.purpose, ping.way, via) {
-            (Purpose::Search, _, Via::Udp(way)) => way,
-            // What was pinged is what works, whatever the answer's source looks like.
-            (_, Some(way), Via::Udp(_)) => way,
-            _ => return,
-        };
+        let Via::Udp(way) = via else { return };
+        if !self.ways.contains_key(&way) && !self.has_room(now) {
+            return;
+        }
         if ping.purpose == Purpose::Search {
             self.searches.hit(now, way.socket);
         }
@@ -257,7 +268,7 @@ impl PeerState {
             .iter()
             .copied()
             .filter(|addr| is_usable(*addr))
-            .take(MOST_TOLD)
+            .take(MAX_ENDPOINTS)
             .map(Way::main)
             .collect();
         if self.best.is_some_and(|best| !told.contains(&best.way)) {
@@ -268,7 +279,7 @@ impl PeerState {
             candidate.last_ping = None;
         }
         for way in told {
-            if self.ways.len() >= MOST_CANDIDATES && !self.ways.contains_key(&way) {
+            if self.ways.len() >= MAX_CANDIDATES && !self.ways.contains_key(&way) {
                 break;
             }
             self.ways.entry(way).or_default().told = true;

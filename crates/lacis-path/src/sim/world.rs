@@ -96,8 +96,10 @@ pub fn trace(scenario: &Scenario, base: Instant) -> (Outcome, Vec<String>) {
 }
 
 /// Every daemon has its own.
-fn seed(scenario: &Scenario, node: usize, life: u64) -> u64 {
-    Rng::with_seed(scenario.seed ^ (node as u64 + 1) << 56 ^ life << 48).u64(..)
+fn seed(scenario: &Scenario, node: usize, life: u64) -> [u8; 32] {
+    let mut seed = [0; 32];
+    Rng::with_seed(scenario.seed ^ (node as u64 + 1) << 56 ^ life << 48).fill(&mut seed);
+    seed
 }
 
 impl<'a> World<'a> {
