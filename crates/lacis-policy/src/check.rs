@@ -111,14 +111,13 @@ impl Check<'_> {
                 let help = "SSH rules know people and tags, not addresses";
                 self.wrong(mark, format!("invalid src \"{selector}\""), Some(help));
             }
-            Selector::Address(address) if side == Side::Destination && address.is_ipv6() => {
-                let ranges = literal(self.body, selector);
-                if is_mesh_v6(ranges.as_ref()) {
-                    let message =
-                        format!("{address} means no node: an IPv6 address of the mesh is nobody's here");
-                    let help = "as in Tailscale; name the IPv4 address, a tag or a user".to_owned();
-                    self.warnings.push(mark.problem(message, Some(help)));
-                }
+            Selector::Host(_) | Selector::Address(_) | Selector::Net(_) | Selector::Range(..)
+                if side == Side::Destination && is_mesh_v6(literal(self.body, selector).as_ref()) =>
+            {
+                let message =
+                    format!("{selector} means no node: an IPv6 address of the mesh is nobody's here");
+                let help = "as in Tailscale; name the IPv4 address, a tag or a user".to_owned();
+                self.warnings.push(mark.problem(message, Some(help)));
             }
             Selector::Shared => {
                 let message =
@@ -296,31 +295,6 @@ impl Check<'_> {
                 let message = format!("{} in autoApprovers.routes approves no exit routes", route.what);
                 let help = "they are approved by autoApprovers.exitNode".to_owned();
                 self.warnings.push(route.mark.problem(message, Some(help)));
-            }
-        }
-        self.owner_cycles();
-    }
-
-    /// Tags that own each other in a circle are owned by nobody.
-    fn owner_cycles(&mut self) {
-        let body = self.body;
-        for (tag, owners) in &body.tag_owners {
-            let mut seen = vec![tag.as_str()];
-            let mut next: Vec<&str> = vec![tag];
-            while let Some(current) = next.pop() {
-                for owner in body.tag_owners.get(current).into_iter().flat_map(|owners| &owners.what) {
-                    if let Selector::Tag(name) = &owner.what {
-                        if name == tag && current != tag.as_str() {
-                            let message = format!("{tag:?} owns itself by way of {current:?}");
-                            self.wrong(&owners.mark, message, None);
-                            return;
-                        }
-                        if !seen.contains(&name.as_str()) {
-                            seen.push(name);
-                            next.push(name);
-                        }
-                    }
-                }
             }
         }
     }

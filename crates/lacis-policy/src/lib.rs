@@ -6,6 +6,7 @@
 
 mod attributes;
 mod check;
+mod decision;
 mod document;
 mod facts;
 mod filter;
@@ -21,6 +22,7 @@ mod ssh;
 mod state;
 mod test;
 
+pub use decision::{Decision, Endpoint, Protocol, Reason};
 pub use document::Format;
 pub use network::{Difference, Network, PeerRoutes};
 pub use policy::Policy;
@@ -28,4 +30,3 @@ pub use population::{Node, Population, Role, Settings, User};
 pub use problem::{Invalid, Position, Problem};
 pub use ssh::{SshRule, SshVerdict};
 pub use state::NOT_INTERNET;
-pub use test::{Decision, Endpoint, Protocol, Reason};

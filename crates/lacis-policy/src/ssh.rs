@@ -98,10 +98,7 @@ fn common_users(rule: &Ssh) -> BTreeMap<String, String> {
     for login in &rule.users {
         match &login.what {
             Login::NonRoot => drop(users.insert("*".to_owned(), "=".to_owned())),
-            Login::Name(name) => {
-                let name = name.trim();
-                users.insert(name.to_owned(), name.to_owned());
-            }
+            Login::Name(name) => drop(users.insert(name.clone(), name.clone())),
             Login::LocalPart(_) => {}
         }
     }

@@ -28,6 +28,9 @@ static MESH: LazyLock<Ranges> = LazyLock::new(|| {
     cut.map_or_else(|_| all.clone(), |cut| all.clone().without(&cut))
 });
 
+/// The first 64 bits of addresses that stand for IPv4 networks behind routers: `TailscaleViaRange` upstream.
+const VIA_PREFIX: [u16; 4] = [0xfd7a, 0x115c, 0xa1e0, 0x0b1a];
+
 /// Networks that no exit node leads to: they are not the internet.
 pub const NOT_INTERNET: [&str; 11] = [
     "0.0.0.0/8",
@@ -507,11 +510,13 @@ impl State {
     }
 }
 
-/// Is it one IPv6 address of a mesh?
+/// Is it one IPv6 address of a mesh? Those for IPv4 networks behind routers (4via6) are no node's.
 pub(crate) fn is_mesh_v6(literal: Option<&Ranges>) -> bool {
     let mut parts = literal.into_iter().flat_map(Ranges::iter);
     match (parts.next(), parts.next()) {
-        (Some((first, last)), None) => first == last && first.is_ipv6() && MESH.contains(first),
+        (Some((IpAddr::V6(first), last)), None) => {
+            last == first && MESH.contains(last) && first.segments()[..4] != VIA_PREFIX
+        }
         _ => false,
     }
 }

@@ -1,157 +1,26 @@
-//! A policy's own tests, its SSH tests and its properties, against a population; and why something may pass or may not.
+//! A policy's own tests, its SSH tests and its properties, against a population.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
-use lacis_wire::control::{NodeId, PortRange};
+use lacis_wire::control::PortRange;
 
-use crate::facts::{Facts, literal, means_node};
+use crate::decision::{Asked, Protocol, Receiver, covers, merged, opened, overlaps};
+use crate::facts::{literal, means_node};
 use crate::language::selector::{self, ALL_PORTS, Selector};
-use crate::language::{Login, Mark, Property, SshTest, Test};
+use crate::language::{Login, Mark, Property, Said, SshTest, Test};
 use crate::network::Network;
-use crate::problem::{Invalid, Position, Problem};
-use crate::program::{Destination, Rule};
+use crate::population::User;
+use crate::problem::{Invalid, Problem};
 use crate::ranges::Bits;
 use crate::ssh::SshVerdict;
 use crate::state::{INTERNET, State, is_mesh_v6};
 
-/// One end of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    /// A node, by its own addresses.
-    Node(NodeId),
-    /// An address: of a node, behind a router, or anywhere.
-    Address(IpAddr),
-}
-
-/// An IP protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Protocol(pub u8);
-
-impl Protocol {
-    /// TCP.
-    pub const TCP: Self = Self(6);
-    /// UDP.
-    pub const UDP: Self = Self(17);
-}
-
-impl std::str::FromStr for Protocol {
-    type Err = String;
-
-    /// By name or number.
-    fn from_str(text: &str) -> Result<Self, String> {
-        selector::protocol(text).map(Self).map_err(|(message, _)| message)
-    }
-}
-
-impl std::fmt::Display for Protocol {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&selector::show_protocol(self.0))
-    }
-}
-
-/// A rule's part in a decision.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reason {
-    /// Where the rule is.
-    pub at: Option<Position>,
-    /// Which it is: `acls[0]`.
-    pub place: String,
-    /// What it does, or what it lacks.
-    pub text: String,
-}
-
-/// Whether something may pass, and by which rules, or what is next to letting it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Decision {
-    /// May it?
-    pub allowed: bool,
-    /// Rules that allow it; when none does, those that come near, the nearest first.
-    pub because: Vec<Reason>,
-}
-
-/// The protocols that a rule without one is about.
-const USUAL: [u8; 4] = [6, 17, 1, 58];
-
-fn covers(access: &(Option<u8>, Vec<PortRange>), protocol: Option<u8>, ports: PortRange) -> bool {
-    let fits = match (access.0, protocol) {
-        (None, None) => true,
-        (None, Some(protocol)) => USUAL.contains(&protocol),
-        (Some(rule), Some(protocol)) => rule == protocol,
-        // Without a protocol TCP or UDP is meant: the others have no ports.
-        (Some(rule), None) => matches!(rule, 6 | 17),
-    };
-    fits && access.1.iter().any(|range| range.first <= ports.first && ports.last <= range.last)
-}
-
-/// How far a rule goes with a packet.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum Match {
-    Nothing,
-    Source,
-    Destination,
-    All,
-}
-
 impl State {
-    /// Is a destination about this address, for something from that one?
-    fn is_about(&self, id: usize, from: Option<IpAddr>, to: IpAddr) -> bool {
-        match self.selector(id) {
-            Selector::Any => true,
-            Selector::Internet => INTERNET.contains(to),
-            Selector::Own => {
-                from.and_then(|from| self.at(from)).is_some_and(|source| self.is_own(source, to))
-            }
-            _ => self.span(id).contains(to),
-        }
-    }
-
-    /// Is it an address of a node of the same user?
-    fn is_own(&self, source: &Facts, address: IpAddr) -> bool {
-        let own = self.owned_with(source).into_iter().flat_map(Bits::iter);
-        own.filter_map(|slot| self.slots[slot].as_ref()).any(|facts| facts.own.contains(address))
-    }
-
-    /// The node that has an address itself.
-    fn at(&self, address: IpAddr) -> Option<&Facts> {
-        self.slots.iter().flatten().map(|facts| &**facts).find(|facts| facts.own.contains(address))
-    }
-
-    /// Is an address one of a rule's destination? A rule with `via` is about what is behind routers, not about nodes.
-    fn is_destination(&self, rule: &Rule, dst: &Destination, from: IpAddr, to: IpAddr) -> bool {
-        let routed = self.sets[dst.to].literal.is_some() || *self.selector(dst.to) == Selector::Internet;
-        (rule.via.is_empty() || (routed && self.at(to).is_none())) && self.is_about(dst.to, Some(from), to)
-    }
-
-    fn matches(
-        &self,
-        index: usize,
-        rule: &Rule,
-        from: IpAddr,
-        to: IpAddr,
-        protocol: Option<u8>,
-        ports: PortRange,
-    ) -> Match {
-        if !self.sides[index].addresses.contains(from) {
-            return Match::Nothing;
-        }
-        let mut best = Match::Source;
-        for dst in &rule.dst {
-            if self.is_destination(rule, dst, from, to) {
-                if dst.access.iter().any(|access| covers(access, protocol, ports)) {
-                    return Match::All;
-                }
-                best = Match::Destination;
-            }
-        }
-        best
-    }
-
+    /// Do the rules allow it, whoever receives it? What a policy's own tests are about: without a protocol TCP or UDP.
     fn allows(&self, from: IpAddr, to: IpAddr, protocol: Option<u8>, ports: PortRange) -> bool {
-        let rules = self.policy.program().rules.iter().enumerate();
-        rules
-            .into_iter()
-            .any(|(index, rule)| self.matches(index, rule, from, to, protocol, ports) == Match::All)
+        self.rule_openings(from, to)
+            .any(|access| covers(&opened(access, protocol.map_or(Asked::Usual, Asked::One), to), ports))
     }
 
     /// The addresses of a selector, as single ones.
@@ -179,47 +48,6 @@ impl State {
 }
 
 impl Network {
-    /// May `from` send to `to`, and by which rules? Of a node's addresses the family counts that both ends have.
-    pub fn decide(&self, from: Endpoint, to: Endpoint, protocol: Protocol, port: u16) -> Decision {
-        let state = &self.0;
-        let addresses = |end: Endpoint| match end {
-            Endpoint::Address(address) => vec![address],
-            Endpoint::Node(id) => self.addresses(id).iter().map(IpNet::addr).collect(),
-        };
-        let ports =
-            if selector::has_ports(protocol.0) { PortRange { first: port, last: port } } else { ALL_PORTS };
-        let (sources, targets) = (addresses(from), addresses(to));
-        let mut found: Vec<(Match, Reason)> = Vec::new();
-        for (index, rule) in state.policy.program().rules.iter().enumerate() {
-            // Filters know no node by an IPv6 address that stands alone.
-            let lands = |to: IpAddr| {
-                let mut about = rule.dst.iter().filter(|dst| state.is_about(dst.to, None, to));
-                state.at(to).is_none() || about.any(|dst| !state.sets[dst.to].nobody) || rule.own
-            };
-            let pairs = sources.iter().flat_map(|src| targets.iter().map(move |dst| (*src, *dst)));
-            let pairs = pairs.filter(|(_, dst)| lands(*dst));
-            let best = pairs
-                .filter(|(src, dst)| src.is_ipv4() == dst.is_ipv4())
-                .map(|(src, dst)| state.matches(index, rule, src, dst, Some(protocol.0), ports))
-                .max()
-                .unwrap_or(Match::Nothing);
-            let text = match best {
-                Match::Nothing => "is not about this source",
-                Match::Source => "is about this source, not about this destination",
-                Match::Destination => "is about both, not about this protocol or port",
-                Match::All if !rule.via.is_empty() => "allows it, by way of the routers it names",
-                Match::All => "allows it",
-            };
-            let reason =
-                Reason { at: Some(rule.mark.at), place: rule.mark.place.clone(), text: text.to_owned() };
-            found.push((best, reason));
-        }
-        let allowed = found.iter().any(|(best, _)| *best == Match::All);
-        found.retain(|(best, _)| if allowed { *best == Match::All } else { *best != Match::Nothing });
-        found.sort_by(|(a, _), (b, _)| b.cmp(a));
-        Decision { allowed, because: found.into_iter().map(|(_, reason)| reason).collect() }
-    }
-
     /// Runs the policy's `tests`, `sshTests` and `properties` against this population, with what else depends on it.
     ///
     /// # Errors
@@ -242,22 +70,55 @@ impl Network {
         if failures.is_empty() { Ok(()) } else { Err(Invalid { problems: failures }) }
     }
 
-    /// Names under which nobody can log in are a mistake: a mail domain that none of the users has.
+    /// A mail domain that none of the users has is a mistake, wherever it stands. A network without users has none
+    /// to compare with.
     fn mail_domains(&self, failures: &mut Vec<Problem>) {
-        let has = |domain: &str| {
-            self.users().iter().any(|user| user.mail().is_some_and(|(_, host)| host == domain))
+        let body = self.policy().body();
+        let domain = |said: &'_ Said<Selector>| match &said.what {
+            Selector::Domain(domain) => Some((domain.clone(), said.mark.clone())),
+            _ => None,
         };
-        for login in self.policy().body().ssh.iter().flat_map(|rule| &rule.users) {
-            if let Login::LocalPart(domain) = &login.what
-                && !has(domain)
-                && !self.users().is_empty()
-            {
-                let message =
-                    format!("{domain} is not associated with this tailnet: no user has an address there");
-                let help = "cannot be used in user:*@<domain> expressions".to_owned();
-                failures.push(login.mark.problem(message, Some(help)));
-            }
-        }
+        let of_logins = body.ssh.iter().flat_map(|rule| &rule.users).filter_map(|login| match &login.what {
+            Login::LocalPart(domain) => Some((domain.clone(), login.mark.clone())),
+            Login::NonRoot | Login::Name(_) => None,
+        });
+        let of_groups = body.groups.values().flat_map(|members| &members.what).filter_map(|member| {
+            Some((member.what.strip_prefix("user:*@")?.to_owned(), member.mark.clone()))
+        });
+        let of_acls = body.acls.iter().flatten().flat_map(|acl| {
+            let targets =
+                acl.dst.iter().map(|dst| Said { what: dst.what.to.clone(), mark: dst.mark.clone() });
+            acl.src.iter().cloned().chain(targets).collect::<Vec<_>>()
+        });
+        let of_properties = body.never.iter().chain(&body.always).flat_map(|said| {
+            let side = |selector: &Selector| Said { what: selector.clone(), mark: said.mark.clone() };
+            [side(&said.what.from), side(&said.what.to.to)]
+        });
+        let named = body
+            .grants
+            .iter()
+            .flatten()
+            .flat_map(|grant| grant.src.iter().chain(&grant.dst))
+            .chain(body.ssh.iter().flat_map(|rule| &rule.src))
+            .chain(body.node_attrs.iter().flat_map(|attrs| &attrs.target))
+            .chain(body.tag_owners.values().flat_map(|owners| &owners.what))
+            .chain(body.auto_routes.iter().flat_map(|(_, approvers)| approvers))
+            .chain(&body.auto_exit);
+        let copied = of_acls.chain(of_properties).filter_map(|said| domain(&said));
+        let all = of_logins.chain(of_groups).chain(named.filter_map(domain)).chain(copied);
+        let mut unknown: Vec<_> = all
+            .filter(|(domain, _)| {
+                let has = |user: &User| user.mail().is_some_and(|(_, host)| host == domain);
+                !self.users().is_empty() && !self.users().iter().any(has)
+            })
+            .collect();
+        unknown.sort_by_key(|(_, mark)| mark.at);
+        failures.extend(unknown.into_iter().map(|(domain, mark)| {
+            let message =
+                format!("{domain} is not associated with this tailnet: no user has an address there");
+            let help = "cannot be used in user:*@<domain> expressions".to_owned();
+            mark.problem(message, Some(help))
+        }));
     }
 
     fn ssh_test(&self, test: &SshTest, failures: &mut Vec<Problem>) {
@@ -323,8 +184,10 @@ impl Network {
     fn ssh_targets(&self, text: &str, source: &Selector) -> Result<Vec<usize>, String> {
         let state = &self.0;
         let body = self.policy().body();
-        let target =
-            Selector::parse(text).map_err(|(message, _)| format!("SSH tests dst {text:?}: {message}"))?;
+        let target = Selector::parse(text).map_err(|(message, _)| match text.strip_prefix("tag:") {
+            Some(_) => format!("SSH tests dst contains unknown tag {text:?}: {message}"),
+            None => format!("SSH tests dst {text:?}: {message}"),
+        })?;
         match &target {
             Selector::Internet | Selector::Any | Selector::DangerAll => {
                 return Err(format!("SSH tests dst contains an element that is not allowed: {text:?}"));
@@ -444,7 +307,7 @@ impl State {
         }
     }
 
-    /// For every address of the source and every one of the destination.
+    /// For every address of the source and every one of the destination, as the filters of whoever receives it say.
     fn property(&self, property: &Property, always: bool, mark: &Mark, failures: &mut Vec<Problem>) {
         let sources = self.addresses_of(&property.from);
         let own = |from: IpAddr| -> Vec<IpAddr> {
@@ -453,6 +316,7 @@ impl State {
             let own = own.filter_map(|slot| self.slots[slot].as_ref());
             own.flat_map(|facts| facts.addresses.iter().copied()).collect()
         };
+        let mut receivers: HashMap<IpAddr, Vec<Receiver<'_>>> = HashMap::new();
         for from in sources {
             let targets = match &property.to.to {
                 Selector::Own => own(from),
@@ -462,14 +326,22 @@ impl State {
             };
             let family = targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4() && **to != from);
             for to in family {
-                let wrong = property.to.ports.iter().find(|ports| {
-                    if always {
-                        !self.allows(from, *to, property.protocol, **ports)
-                    } else {
-                        self.allows_any(from, *to, property.protocol, **ports)
-                    }
-                });
-                if wrong.is_some() {
+                let receivers = receivers.entry(*to).or_insert_with(|| self.receivers(*to));
+                let asked = match property.protocol {
+                    Some(protocol) => Asked::One(Protocol(protocol).in_family_of(*to).0),
+                    None if always => Asked::Usual,
+                    None => Asked::Any,
+                };
+                let open = merged(
+                    self.openings(receivers, from, *to)
+                        .flat_map(|access| opened(access, asked, *to).to_vec()),
+                );
+                let has_ports = property.protocol.is_none_or(selector::has_ports);
+                let asked_for = if has_ports { property.to.ports.as_slice() } else { &[ALL_PORTS] };
+                let fails = |ports: &PortRange| {
+                    if always { !covers(&open, *ports) } else { overlaps(&open, *ports) }
+                };
+                if asked_for.iter().any(fails) {
                     let name = |address: IpAddr| match self.at(address) {
                         Some(facts) => format!("{} ({address})", facts.node.name),
                         None => address.to_string(),
@@ -483,25 +355,5 @@ impl State {
                 }
             }
         }
-    }
-
-    /// Is any of the ports open?
-    fn allows_any(&self, from: IpAddr, to: IpAddr, protocol: Option<u8>, ports: PortRange) -> bool {
-        self.policy.program().rules.iter().enumerate().any(|(index, rule)| {
-            self.sides[index].addresses.contains(from)
-                && rule.dst.iter().any(|dst| {
-                    self.is_destination(rule, dst, from, to)
-                        && dst.access.iter().any(|(rule, open)| {
-                            let fits = match (rule, protocol) {
-                                (None, Some(protocol)) => USUAL.contains(&protocol),
-                                (Some(rule), Some(protocol)) => *rule == protocol,
-                                (_, None) => true,
-                            };
-                            fits && open
-                                .iter()
-                                .any(|open| open.first <= ports.last && ports.first <= open.last)
-                        })
-                })
-        })
     }
 }

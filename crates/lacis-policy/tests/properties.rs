@@ -1,179 +1,16 @@
 //! What holds for every policy and every population, tried with random ones.
 
+mod random;
+
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::Ipv4Addr;
 
 use ipnet::IpNet;
-use lacis_policy::{Endpoint, Format, Network, Node, Policy, Population, Protocol, Role, Settings, User};
+use lacis_policy::{Endpoint, Format, Network, Node, Policy, Population, Protocol, User};
 use lacis_wire::control::{NodeId, UserId};
 use proptest::prelude::*;
-use serde_json::{Value, json};
-
-const TAGS: [&str; 3] = ["tag:web", "tag:db", "tag:gate"];
-const ROUTES: [&str; 5] = ["10.1.0.0/16", "10.1.2.0/24", "10.2.0.0/16", "0.0.0.0/0", "::/0"];
-/// Whatever a rule may name on either side.
-const PARTIES: [&str; 16] = [
-    "*",
-    "alice@example.org",
-    "bob@example.org",
-    "carol@",
-    "group:staff",
-    "group:none",
-    "tag:web",
-    "tag:db",
-    "tag:gate",
-    "autogroup:member",
-    "autogroup:tagged",
-    "autogroup:admin",
-    "lab",
-    "100.64.0.2",
-    "10.1.2.0/25",
-    "10.0.0.0/8",
-];
-const PORTS: [u16; 4] = [22, 53, 80, 443];
-
-// ---- populations
-
-fn users() -> Vec<User> {
-    let user = |id, name: &str, roles: &[Role]| User {
-        id: UserId(id),
-        name: name.to_owned(),
-        roles: roles.to_vec(),
-        ..User::default()
-    };
-    vec![
-        user(1, "alice@example.org", &[Role::Owner, Role::Admin]),
-        user(2, "bob@example.org", &[]),
-        user(3, "carol", &[Role::Admin]),
-    ]
-}
-
-fn any_node(id: i64) -> impl Strategy<Value = Node> {
-    let tags = prop::sample::subsequence(&TAGS[..], 0..=2);
-    let advertised = prop::sample::subsequence(&ROUTES[..], 0..=3);
-    let approved = prop::sample::subsequence(&ROUTES[..], 0..=3);
-    (tags, 1..=3_i64, advertised, approved, prop::bool::weighted(0.8), prop::bool::weighted(0.9)).prop_map(
-        move |(tags, user, advertised, approved, online, v6)| {
-            let nets =
-                |texts: Vec<&str>| texts.into_iter().map(|text| text.parse().expect("a network")).collect();
-            Node {
-                id: NodeId(id),
-                name: format!("n{id}"),
-                user: tags.is_empty().then_some(UserId(user)),
-                tags: tags.into_iter().map(ToOwned::to_owned).collect(),
-                v4: Some(Ipv4Addr::new(100, 64, 0, id as u8)),
-                v6: v6.then(|| Ipv6Addr::from((0xfd7a_115c_a1e0_u128 << 80) | id as u128)),
-                advertised: nets(advertised),
-                approved: nets(approved),
-                online,
-                ..Node::default()
-            }
-        },
-    )
-}
-
-fn any_population() -> impl Strategy<Value = Population> {
-    let nodes = (1..=8_i64).map(|id| prop::option::weighted(0.8, any_node(id))).collect::<Vec<_>>();
-    nodes.prop_map(|nodes| Population {
-        users: users(),
-        nodes: nodes.into_iter().flatten().collect(),
-        settings: Settings::default(),
-    })
-}
-
-// ---- policies
-
-fn party() -> impl Strategy<Value = String> {
-    prop::sample::select(&PARTIES[..]).prop_map(ToOwned::to_owned)
-}
-
-fn ports() -> impl Strategy<Value = String> {
-    prop::sample::select(vec!["*", "22", "53,80", "80-443"]).prop_map(ToOwned::to_owned)
-}
-
-fn acl() -> impl Strategy<Value = Value> {
-    let sources = prop::collection::vec(party(), 1..3);
-    let targets = prop::collection::vec((party(), ports()), 1..3);
-    let proto = prop::option::weighted(0.3, prop::sample::select(vec!["tcp", "udp"]));
-    (sources, targets, proto).prop_map(|(src, dst, proto)| {
-        let dst: Vec<String> = dst.into_iter().map(|(to, ports)| format!("{to}:{ports}")).collect();
-        let mut rule = json!({"action": "accept", "src": src, "dst": dst});
-        if let Some(proto) = proto {
-            rule["proto"] = proto.into();
-        }
-        rule
-    })
-}
-
-/// To one's own machines, or to the internet.
-fn special_acl() -> impl Strategy<Value = Value> {
-    let people = vec!["autogroup:member", "alice@example.org", "group:staff"];
-    let targets = vec!["autogroup:self:22", "autogroup:internet:*", "autogroup:self:*"];
-    (prop::sample::select(people), prop::sample::select(targets))
-        .prop_map(|(src, dst)| json!({"action": "accept", "src": [src], "dst": [dst]}))
-}
-
-fn grant() -> impl Strategy<Value = Value> {
-    let ip = prop::sample::select(vec!["*", "tcp:443", "udp:53", "tcp:80-443"]);
-    let via = prop::option::weighted(0.3, prop::sample::select(&TAGS[..]));
-    (party(), party(), ip, via, prop::bool::weighted(0.2)).prop_map(|(src, dst, ip, via, app)| {
-        let mut rule = json!({"src": [src], "dst": [dst], "ip": [ip]});
-        if app {
-            rule["app"] = json!({"example.org/cap/x": [{"level": 1}]});
-        }
-        if let Some(via) = via {
-            rule["via"] = json!([via]);
-        }
-        rule
-    })
-}
-
-fn ssh() -> impl Strategy<Value = Value> {
-    let sources =
-        prop::sample::select(vec!["autogroup:member", "group:staff", "tag:gate", "bob@example.org"]);
-    let targets = prop::sample::select(vec!["tag:web", "tag:db", "autogroup:self"]);
-    let users = prop::sample::subsequence(vec!["root", "autogroup:nonroot", "ubuntu"], 1..=2);
-    let action = prop::sample::select(vec!["accept", "check"]);
-    (sources, targets, users, action).prop_map(
-        |(src, dst, users, action)| json!({"action": action, "src": [src], "dst": [dst], "users": users}),
-    )
-}
-
-fn attributes() -> impl Strategy<Value = Value> {
-    let targets =
-        prop::sample::select(vec!["*", "tag:web", "autogroup:member", "bob@example.org", "100.64.0.3"]);
-    let attr =
-        prop::sample::select(vec!["randomize-client-port", "disable-ipv4", "magicdns-aaaa", "nextdns:abc"]);
-    (targets, attr).prop_map(|(target, attr)| json!({"target": [target], "attr": [attr]}))
-}
-
-/// A policy's JSON; some of them mean nothing.
-fn any_json() -> impl Strategy<Value = Value> {
-    let acls = prop::collection::vec(prop_oneof![4 => acl(), 1 => special_acl()], 0..6);
-    let grants = prop::collection::vec(grant(), 0..3);
-    let ssh = prop::collection::vec(ssh(), 0..3);
-    let attributes = prop::collection::vec(attributes(), 0..3);
-    let auto = prop::sample::subsequence(&ROUTES[..3], 0..=2);
-    (acls, grants, ssh, attributes, auto).prop_map(|(acls, grants, ssh, attributes, auto)| {
-        let routes: serde_json::Map<_, _> =
-            auto.into_iter().map(|route| (route.to_owned(), json!(["tag:gate", "group:staff"]))).collect();
-        json!({
-            "groups": {"group:staff": ["alice@example.org", "carol@"], "group:none": []},
-            "hosts": {"lab": "10.1.2.0/24"},
-            "tagOwners": {"tag:web": [], "tag:db": ["group:staff"], "tag:gate": ["alice@example.org"]},
-            "autoApprovers": {"routes": routes, "exitNode": ["tag:gate"]},
-            "acls": acls, "grants": grants, "ssh": ssh, "nodeAttrs": attributes,
-        })
-    })
-}
-
-fn parsed(policy: &Value) -> Option<Policy> {
-    Policy::parse(&policy.to_string(), Format::HuJson).ok()
-}
-
-fn any_policy() -> impl Strategy<Value = Policy> {
-    any_json().prop_filter_map("it is no policy", |json| parsed(&json))
-}
+use random::{PORTS, ROUTES, acl, any_json, any_node, any_policy, any_population, parsed, users};
+use serde_json::json;
 
 // ---- what a network says
 
@@ -398,51 +235,6 @@ proptest! {
             }
         }
     }
-
-    #[test]
-    fn a_decision_is_what_the_filters_say(policy in any_policy(), population in any_population()) {
-        let network = Network::compile(&policy, population);
-        for from in network.nodes() {
-            for to in network.nodes().filter(|to| to.id != from.id) {
-                for port in PORTS {
-                    let decided =
-                        network.decide(Endpoint::Node(from.id), Endpoint::Node(to.id), Protocol::TCP, port);
-                    let filtered = passes(&network, from, to, port);
-                    prop_assert_eq!(decided.allowed, filtered, "{} -> {}:{}", from.name, to.name, port);
-                    prop_assert!(!decided.allowed || !decided.because.is_empty());
-                }
-            }
-        }
-    }
-}
-
-/// Does the filter of `to` let a TCP packet from `from` in, in either family?
-fn passes(network: &Network, from: &Node, to: &Node, port: u16) -> bool {
-    let address = |node: &Node, six: bool| {
-        network.addresses(node.id).iter().map(IpNet::addr).find(|address| address.is_ipv6() == six)
-    };
-    let holds = |text: &str, address: IpAddr| match text.split_once('-') {
-        _ if text == "*" => true,
-        Some((first, last)) => {
-            let end = |text: &str| text.parse::<IpAddr>().expect("an address");
-            end(first).is_ipv4() == address.is_ipv4() && (end(first)..=end(last)).contains(&address)
-        }
-        None => {
-            let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-            net.expect("an address or a network").contains(&address)
-        }
-    };
-    [false, true].into_iter().any(|six| {
-        let (Some(source), Some(target)) = (address(from, six), address(to, six)) else { return false };
-        network.filter(to.id).iter().any(|rule| {
-            (rule.ip_proto.is_empty() || rule.ip_proto.contains(&6))
-                && rule.src_ips.iter().any(|text| holds(text, source))
-                && rule
-                    .dst_ports
-                    .iter()
-                    .any(|to| holds(&to.ip, target) && (to.ports.first..=to.ports.last).contains(&port))
-        })
-    })
 }
 
 // ---- nothing panics

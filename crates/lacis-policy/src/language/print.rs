@@ -94,7 +94,6 @@ fn target(target: &Target) -> String {
     let ports = show_ports(&target.ports);
     match &target.to {
         Selector::Address(address) if address.is_ipv6() => format!("[{address}]:{ports}"),
-        Selector::Net(net) if net.addr().is_ipv6() => format!("[{net}]:{ports}"),
         other => format!("{other}:{ports}"),
     }
 }

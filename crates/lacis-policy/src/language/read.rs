@@ -1,24 +1,20 @@
 //! From a text's tree to a policy: every key is known or refused by name, every value has its type, and every problem
-//! is collected with its place.
+//! is collected with its place. Here what all sections have in common; [`names`] reads who is who, [`rules`] the rest.
 
-use std::collections::BTreeMap;
+mod names;
+mod rules;
 
-use ipnet::IpNet;
-use lacis_wire::control::{MAX_CAPABILITY_VALUE, MAX_NESTING, RawJson};
-use serde_json::Value;
-
-use super::posture::Condition;
 use super::selector::{self, Selector, Wrong};
-use super::values::{capability_name, check_period, grant_ports, login, pool, posture_name, property};
-use super::{Acl, Body, Grant, Mark, NodeAttrs, Said, Ssh, SshTest, Target, Test};
+use super::values::posture_name;
+use super::{Body, Mark, Said};
 use crate::document::{Data, Document, Item, Key, entry, member};
 use crate::problem::Problem;
-use crate::ssh::SshVerdict;
 
 /// Top-level keys of others that mean nothing here, and why.
-const NOT_HONOURED: [(&str, &str); 2] = [
+const NOT_HONOURED: [(&str, &str); 3] = [
     ("derpMap", "relays are set in the coordinator's configuration"),
     ("OneCGNATRoute", "clients choose their routes themselves; use nodeAttrs with one-cgnat?v=true"),
+    ("ipsets", "IP sets are not supported here, and a rule that names one is refused"),
 ];
 
 /// What was read, with what is wrong and what is not honoured.
@@ -33,13 +29,20 @@ pub(crate) struct Reading {
 pub(crate) fn read(document: &Document) -> Reading {
     let mut reader = Reader::default();
     let body = reader.body(&document.root);
+    reader.mixed_names();
     Reading { body, problems: reader.problems, warnings: reader.warnings }
 }
+
+/// A member of an object, and its place.
+type Taken<'a> = Option<(&'a Item, String)>;
 
 #[derive(Default)]
 struct Reader {
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
+    /// Where a name first stands that has an older one (`src`), and where such an older one (`users`).
+    new_name: Option<(&'static str, Mark)>,
+    old_name: Option<(&'static str, Mark)>,
 }
 
 /// An object being read: what is left in the end is unknown.
@@ -50,17 +53,22 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// Takes a member; names match whatever their case, as Tailscale takes them.
-    fn take(&mut self, name: &'static str) -> Option<(&'a Item, String)> {
+    /// Takes a member. Names match whatever their case, and null is as good as nothing, as for Go's `encoding/json`.
+    fn take(&mut self, name: &'static str) -> Taken<'a> {
         self.known.push(name);
         let at = self.left.iter().position(|(key, _)| key.name.eq_ignore_ascii_case(name))?;
         let (key, item) = self.left.remove(at);
-        Some((item, member(&self.mark.place, &key.name)))
+        (!matches!(item.data, Data::Null)).then(|| (item, member(&self.mark.place, &key.name)))
     }
 }
 
 fn mark(item: &Item, place: &str) -> Mark {
     Mark { at: item.at, place: place.to_owned() }
+}
+
+/// Is it something, and no empty list?
+fn says_something(taken: &Taken<'_>) -> bool {
+    taken.as_ref().is_some_and(|(item, _)| !matches!(&item.data, Data::List(items) if items.is_empty()))
 }
 
 impl Reader {
@@ -84,19 +92,75 @@ impl Reader {
         None
     }
 
-    /// Refuses what nobody took.
+    /// An entry of a list of rules. Keys that begin with `#` are an interface's own notes (headscale-admin writes
+    /// them), and mean nothing.
+    fn rule<'a>(&mut self, item: &'a Item, place: &str) -> Option<Fields<'a>> {
+        let mut fields = self.fields(item, place)?;
+        fields.left.retain(|(key, _)| !key.name.starts_with('#'));
+        Some(fields)
+    }
+
+    /// Takes a member that has an older name too.
+    fn renamed<'a>(&mut self, fields: &mut Fields<'a>, new: &'static str, old: &'static str) -> Taken<'a> {
+        let (by_new, by_old) = (fields.take(new), fields.take(old));
+        for (first, name, taken) in [(&mut self.new_name, new, &by_new), (&mut self.old_name, old, &by_old)] {
+            if first.is_none()
+                && let Some((item, place)) = taken
+            {
+                *first = Some((name, mark(item, place)));
+            }
+        }
+        by_new.or(by_old)
+    }
+
+    /// A file has old names or new ones, not both.
+    fn mixed_names(&mut self) {
+        let (Some((new, new_mark)), Some((old, old_mark))) = (self.new_name.take(), self.old_name.take())
+        else {
+            return;
+        };
+        let (mark, name, other, other_name) = if old_mark.at < new_mark.at {
+            (new_mark, new, old_mark, old)
+        } else {
+            (old_mark, old, new_mark, new)
+        };
+        let message = format!(
+            "{name:?} cannot be used beside {other_name:?} at {} ({}): old and new names are mixed in one file",
+            other.place, other.at
+        );
+        let help = "\"users\" and \"ports\" are \"src\" and \"dst\" now; in tests \"user\" and \"allow\" are \"src\" and \"accept\"";
+        self.problems.push(mark.problem(message, Some(help.to_owned())));
+    }
+
+    /// Refuses what was not taken.
     fn done(&mut self, fields: Fields<'_>) {
         for (key, _) in fields.left {
+            let place = member(&fields.mark.place, &key.name);
+            let at = Mark { at: key.at, place };
+            if let Some(name) = fields.known.iter().find(|name| key.name.eq_ignore_ascii_case(name)) {
+                self.problems
+                    .push(at.problem(format!("the key {name:?} is given twice, in other capitals"), None));
+                continue;
+            }
             let help = selector::nearest(&key.name, fields.known.iter().copied())
                 .map(|near| format!("did you mean {near:?}?"));
-            let place = member(&fields.mark.place, &key.name);
-            let message = format!("unknown field {:?}", key.name);
-            self.problems.push(Mark { at: key.at, place }.problem(message, help));
+            self.problems.push(at.problem(format!("unknown field {:?}", key.name), help));
         }
     }
 
+    /// The rules of a section; `None` when it is absent.
+    fn section<T>(
+        &mut self,
+        taken: Taken<'_>,
+        read: impl Fn(&mut Self, &Item, &str) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let taken = Some(taken?);
+        let list = self.list(taken);
+        Some(list.into_iter().filter_map(|(item, place)| read(self, item, &place)).collect())
+    }
+
     /// The entries of a list; a missing one and null are empty.
-    fn list<'a>(&mut self, taken: Option<(&'a Item, String)>) -> Vec<(&'a Item, String)> {
+    fn list<'a>(&mut self, taken: Taken<'a>) -> Vec<(&'a Item, String)> {
         match taken {
             None => Vec::new(),
             Some((item, place)) => match &item.data {
@@ -120,12 +184,12 @@ impl Reader {
         None
     }
 
-    fn texts(&mut self, taken: Option<(&Item, String)>) -> Vec<Said<String>> {
+    fn texts(&mut self, taken: Taken<'_>) -> Vec<Said<String>> {
         let list = self.list(taken);
         list.into_iter().filter_map(|(item, place)| self.text(item, &place)).collect()
     }
 
-    fn flag(&mut self, taken: Option<(&Item, String)>) -> bool {
+    fn flag(&mut self, taken: Taken<'_>) -> bool {
         match taken {
             None => false,
             Some((item, place)) => match item.data {
@@ -155,17 +219,18 @@ impl Reader {
         }
     }
 
-    fn all<T>(
-        &mut self,
-        taken: Option<(&Item, String)>,
-        parse: impl Fn(&str) -> Result<T, Wrong>,
-    ) -> Vec<Said<T>> {
+    fn all<T>(&mut self, taken: Taken<'_>, parse: impl Fn(&str) -> Result<T, Wrong>) -> Vec<Said<T>> {
         let list = self.list(taken);
         list.into_iter().filter_map(|(item, place)| self.parsed(item, &place, &parse)).collect()
     }
 
-    fn selectors(&mut self, taken: Option<(&Item, String)>) -> Vec<Said<Selector>> {
+    fn selectors(&mut self, taken: Taken<'_>) -> Vec<Said<Selector>> {
         self.all(taken, Selector::parse)
+    }
+
+    /// The sides of a rule, where blanks around a name do not count.
+    fn parties(&mut self, taken: Taken<'_>) -> Vec<Said<Selector>> {
+        self.all(taken, |text| Selector::parse(text.trim()))
     }
 
     fn body(&mut self, root: &Item) -> Body {
@@ -187,24 +252,12 @@ impl Reader {
         if let Some((item, place)) = fields.take("autoApprovers") {
             self.auto_approvers(item, &place, &mut body);
         }
-        if let Some(taken) = fields.take("acls").filter(|(item, _)| !matches!(item.data, Data::Null)) {
-            let list = self.list(Some(taken));
-            body.acls = Some(list.into_iter().filter_map(|(item, place)| self.acl(item, &place)).collect());
-        }
-        if let Some(taken) = fields.take("grants").filter(|(item, _)| !matches!(item.data, Data::Null)) {
-            let list = self.list(Some(taken));
-            body.grants =
-                Some(list.into_iter().filter_map(|(item, place)| self.grant(item, &place)).collect());
-        }
-        let list = self.list(fields.take("ssh"));
-        body.ssh = list.into_iter().filter_map(|(item, place)| self.ssh(item, &place)).collect();
-        let list = self.list(fields.take("nodeAttrs"));
-        body.node_attrs =
-            list.into_iter().filter_map(|(item, place)| self.node_attrs(item, &place)).collect();
-        let list = self.list(fields.take("tests"));
-        body.tests = list.into_iter().filter_map(|(item, place)| self.test(item, &place)).collect();
-        let list = self.list(fields.take("sshTests"));
-        body.ssh_tests = list.into_iter().filter_map(|(item, place)| self.ssh_test(item, &place)).collect();
+        body.acls = self.section(fields.take("acls"), Self::acl);
+        body.grants = self.section(fields.take("grants"), Self::grant);
+        body.ssh = self.section(fields.take("ssh"), Self::ssh).unwrap_or_default();
+        body.node_attrs = self.section(fields.take("nodeAttrs"), Self::node_attrs).unwrap_or_default();
+        body.tests = self.section(fields.take("tests"), Self::test).unwrap_or_default();
+        body.ssh_tests = self.section(fields.take("sshTests"), Self::ssh_test).unwrap_or_default();
         if let Some((item, place)) = fields.take("properties") {
             self.properties(item, &place, &mut body);
         }
@@ -222,423 +275,11 @@ impl Reader {
             }
         }
         self.done(fields);
+        if body.acls.is_none() && body.grants.is_none() {
+            let message = "there are neither acls nor grants: everybody reaches everything";
+            let help = "\"acls\": [] allows nothing".to_owned();
+            self.warnings.push(mark(root, "").problem(message, Some(help)));
+        }
         body
-    }
-
-    fn groups(&mut self, item: &Item, place: &str) -> BTreeMap<String, Said<Vec<Said<String>>>> {
-        let mut groups = BTreeMap::new();
-        let Some(fields) = self.fields(item, place) else { return groups };
-        for (key, item) in fields.left {
-            let place = member(place, &key.name);
-            if key.name.strip_prefix("group:").is_none_or(str::is_empty) {
-                let message = format!("group name {:?} must start with 'group:'", key.name);
-                self.problems.push(Mark { at: key.at, place }.problem(message, None));
-                continue;
-            }
-            let mut members = Vec::new();
-            for text in self.texts(Some((item, place.clone()))) {
-                match Selector::parse(&text.what) {
-                    Ok(Selector::User(_) | Selector::Domain(_)) => members.push(text),
-                    Ok(Selector::Group(_)) => {
-                        let message = format!(
-                            "groups[{:?}]: {:?}: group members cannot be recursive",
-                            key.name, text.what
-                        );
-                        let help = "name the users of the other group one by one".to_owned();
-                        self.problems.push(text.mark.problem(message, Some(help)));
-                    }
-                    _ => {
-                        let message = format!("{:?} is no user", text.what);
-                        let help = "members are email addresses, or NAME@".to_owned();
-                        self.problems.push(text.mark.problem(message, Some(help)));
-                    }
-                }
-            }
-            groups.insert(key.name.clone(), Said { what: members, mark: Mark { at: key.at, place } });
-        }
-        groups
-    }
-
-    fn hosts(&mut self, item: &Item, place: &str) -> BTreeMap<String, Said<IpNet>> {
-        let mut hosts = BTreeMap::new();
-        let Some(fields) = self.fields(item, place) else { return hosts };
-        for (key, item) in fields.left {
-            let place = member(place, &key.name);
-            if !matches!(Selector::parse(&key.name), Ok(Selector::Host(_))) {
-                let message = format!("{:?} cannot be a host's alias", key.name);
-                let help = "an alias has letters, digits, '-', '_' and '.', and is no address".to_owned();
-                self.problems.push(Mark { at: key.at, place }.problem(message, Some(help)));
-                continue;
-            }
-            let net = self.parsed(item, &place, |text| match Selector::parse(text) {
-                Ok(Selector::Address(address)) => Ok(IpNet::from(address)),
-                Ok(Selector::Net(net)) => Ok(net),
-                Err(wrong) if text.contains('/') => Err(wrong),
-                _ => Err((
-                    format!("{text:?} is an invalid address"),
-                    Some("an address or a network".to_owned()),
-                )),
-            });
-            if let Some(net) = net {
-                hosts.insert(key.name.clone(), net);
-            }
-        }
-        hosts
-    }
-
-    fn tag_owners(&mut self, item: &Item, place: &str) -> BTreeMap<String, Said<Vec<Said<Selector>>>> {
-        let mut owners = BTreeMap::new();
-        let Some(fields) = self.fields(item, place) else { return owners };
-        for (key, item) in fields.left {
-            let place = member(place, &key.name);
-            match Selector::parse(&key.name) {
-                Ok(Selector::Tag(_)) => {}
-                other => {
-                    let message = match other {
-                        Err((message, _)) => message,
-                        Ok(_) => format!("{:?} is no tag: tags start with 'tag:'", key.name),
-                    };
-                    self.problems.push(Mark { at: key.at, place }.problem(message, None));
-                    continue;
-                }
-            }
-            let list = self.selectors(Some((item, place.clone())));
-            let mut of_tag = Vec::new();
-            for owner in list {
-                if owner.what.is_people() || matches!(owner.what, Selector::Tag(_)) {
-                    of_tag.push(owner);
-                } else {
-                    let message = format!("{} cannot own a tag", owner.what);
-                    let help = "users, groups, roles and other tags can".to_owned();
-                    self.problems.push(owner.mark.problem(message, Some(help)));
-                }
-            }
-            owners.insert(key.name.clone(), Said { what: of_tag, mark: Mark { at: key.at, place } });
-        }
-        owners
-    }
-
-    fn approvers(&mut self, taken: Option<(&Item, String)>) -> Vec<Said<Selector>> {
-        let mut list = self.selectors(taken);
-        list.retain(|approver| {
-            let fits = approver.what.is_people() || matches!(approver.what, Selector::Tag(_));
-            if !fits {
-                let message = format!("{} cannot be an auto approver", approver.what);
-                let help = "users, groups, roles and tags can".to_owned();
-                self.problems.push(approver.mark.problem(message, Some(help)));
-            }
-            fits
-        });
-        list
-    }
-
-    fn auto_approvers(&mut self, item: &Item, place: &str, body: &mut Body) {
-        let Some(mut fields) = self.fields(item, place) else { return };
-        if let Some((item, place)) = fields.take("routes")
-            && let Some(routes) = self.fields(item, &place)
-        {
-            for (key, item) in routes.left {
-                let place = member(&place, &key.name);
-                let at = Mark { at: key.at, place: place.clone() };
-                match key.name.parse::<IpNet>() {
-                    Ok(net) if net.trunc() == net => {
-                        let approvers = self.approvers(Some((item, place)));
-                        body.auto_routes.push((Said { what: net, mark: at }, approvers));
-                    }
-                    Ok(net) => {
-                        let help = Some(format!("the network is {}", net.trunc()));
-                        let message = format!("{:?} has bits set after its prefix", key.name);
-                        self.problems.push(at.problem(message, help));
-                    }
-                    Err(_) => {
-                        let help = Some("such as 10.0.0.0/8".to_owned());
-                        self.problems.push(at.problem(format!("{:?} is an invalid network", key.name), help));
-                    }
-                }
-            }
-        }
-        body.auto_exit = self.approvers(fields.take("exitNode"));
-        if let Some((item, place)) = fields.take("services") {
-            let message = "autoApprovers.services is not honoured: services are not supported here";
-            self.warnings.push(mark(item, &place).problem(message, None));
-        }
-        self.done(fields);
-    }
-
-    fn postures(&mut self, item: &Item, place: &str) -> BTreeMap<String, Said<Vec<Said<Condition>>>> {
-        let mut postures = BTreeMap::new();
-        let Some(fields) = self.fields(item, place) else { return postures };
-        for (key, item) in fields.left {
-            let place = member(place, &key.name);
-            let at = Mark { at: key.at, place: place.clone() };
-            match posture_name(&key.name) {
-                Ok(name) => {
-                    let what = self.all(Some((item, place)), Condition::parse);
-                    postures.insert(name, Said { what, mark: at });
-                }
-                Err((message, help)) => self.problems.push(at.problem(message, help)),
-            }
-        }
-        postures
-    }
-
-    fn acl(&mut self, item: &Item, place: &str) -> Option<Acl> {
-        let mut fields = self.fields(item, place)?;
-        match fields.take("action") {
-            Some((item, place)) => {
-                if let Some(action) = self.text(item, &place)
-                    && action.what != "accept"
-                {
-                    let message = format!("action={:?} is not supported", action.what);
-                    let help = "\"accept\" is the only one: what no rule accepts is refused".to_owned();
-                    self.problems.push(action.mark.problem(message, Some(help)));
-                }
-            }
-            None => self.wrong(item, place, "action must be specified", Some("\"accept\"".to_owned())),
-        }
-        let protocol = match fields.take("proto") {
-            Some((item, _)) if matches!(&item.data, Data::Text(text) if text.is_empty()) => None,
-            Some((item, place)) => self.parsed(item, &place, selector::protocol).map(|said| said.what),
-            None => None,
-        };
-        let src = self.selectors(fields.take("src"));
-        let dst = self.all(fields.take("dst"), |text| {
-            selector::with_ports(text)
-                .map(|(to, ports)| Target { to, ports })
-                .map_err(|(message, help)| (format!("dst={text:?}: {message}"), help))
-        });
-        if let Some(protocol) = protocol.filter(|protocol| !selector::has_ports(*protocol)) {
-            for target in dst.iter().filter(|target| target.what.ports != [selector::ALL_PORTS]) {
-                let message =
-                    format!("protocol {} does not support specific ports", selector::show_protocol(protocol));
-                self.problems.push(target.mark.problem(message, Some("write * for the ports".to_owned())));
-            }
-        }
-        let posture = self.all(fields.take("srcPosture"), posture_name);
-        for name in ["users", "ports"] {
-            if let Some((item, place)) = fields.take(name) {
-                let now = if name == "users" { "src" } else { "dst" };
-                self.wrong(
-                    item,
-                    &place,
-                    format!("{name:?} is the old name"),
-                    Some(format!("it is {now:?} now")),
-                );
-            }
-        }
-        let acl = Acl { mark: fields.mark.clone(), protocol, src, posture, dst };
-        self.done(fields);
-        Some(acl)
-    }
-
-    fn capabilities(&mut self, taken: Option<(&Item, String)>) -> BTreeMap<String, Said<Vec<Value>>> {
-        let mut all = BTreeMap::new();
-        let Some((item, place)) = taken else { return all };
-        let Some(fields) = self.fields(item, &place) else { return all };
-        for (key, item) in fields.left {
-            let place = member(&place, &key.name);
-            let at = Mark { at: key.at, place: place.clone() };
-            if let Some((message, help)) = capability_name(&key.name) {
-                self.problems.push(at.problem(message, help));
-            }
-            let values: Vec<Value> =
-                self.list(Some((item, place))).into_iter().map(|(item, _)| item.to_json()).collect();
-            if !values.iter().all(|value| RawJson::from(value).is_bounded()) {
-                let message = format!(
-                    "a value of {:?} is longer than {MAX_CAPABILITY_VALUE} bytes or nested deeper than {MAX_NESTING}",
-                    key.name
-                );
-                self.problems.push(at.problem(message, None));
-            }
-            all.insert(key.name.clone(), Said { what: values, mark: at });
-        }
-        all
-    }
-
-    fn grant(&mut self, item: &Item, place: &str) -> Option<Grant> {
-        let mut fields = self.fields(item, place)?;
-        let src = self.selectors(fields.take("src"));
-        let dst = self.selectors(fields.take("dst"));
-        let ip = self.all(fields.take("ip"), grant_ports);
-        let app = self.capabilities(fields.take("app"));
-        let via = self.all(fields.take("via"), |text| match Selector::parse(text)? {
-            Selector::Tag(tag) => Ok(tag),
-            _ => Err((format!("via can only be a tag, not {text:?}"), None)),
-        });
-        if ip.is_empty()
-            && app.is_empty()
-            && self.problems.iter().all(|problem| !problem.place.starts_with(place))
-        {
-            self.wrong(
-                item,
-                place,
-                "ip and app can not both be empty",
-                Some("\"ip\": [\"*\"] is all traffic".to_owned()),
-            );
-        }
-        let posture = self.all(fields.take("srcPosture"), posture_name);
-        let grant = Grant { mark: fields.mark.clone(), src, posture, dst, ip, app, via };
-        self.done(fields);
-        Some(grant)
-    }
-
-    fn ssh(&mut self, item: &Item, place: &str) -> Option<Ssh> {
-        let mut fields = self.fields(item, place)?;
-        let verdict = match fields.take("action") {
-            Some((item, place)) => {
-                let said = self.text(item, &place)?;
-                match said.what.as_str() {
-                    "accept" => SshVerdict::Accept,
-                    "check" => SshVerdict::Check { period: None },
-                    "" => {
-                        self.problems.push(
-                            said.mark.problem("action must be specified", Some("accept or check".to_owned())),
-                        );
-                        return None;
-                    }
-                    other => {
-                        let message = format!("{other:?} is not a valid action");
-                        self.problems.push(said.mark.problem(message, Some("accept or check".to_owned())));
-                        return None;
-                    }
-                }
-            }
-            None => {
-                self.wrong(item, place, "action must be specified", Some("accept or check".to_owned()));
-                return None;
-            }
-        };
-        let verdict = match (verdict, fields.take("checkPeriod")) {
-            (SshVerdict::Check { .. }, Some((item, place))) => {
-                SshVerdict::Check { period: self.parsed(item, &place, check_period).map(|said| said.what) }
-            }
-            (SshVerdict::Accept, Some((item, place))) => {
-                self.wrong(item, &place, "checkPeriod is only valid with action \"check\"", None);
-                verdict
-            }
-            (verdict, None) => verdict,
-        };
-        let src = self.selectors(fields.take("src"));
-        let dst = self.selectors(fields.take("dst"));
-        let users = self.all(fields.take("users"), login);
-        let named = item_has(item, "users");
-        if users.is_empty() && !named {
-            self.wrong(
-                item,
-                place,
-                "users must be specified",
-                Some("such as \"root\" or \"autogroup:nonroot\"".to_owned()),
-            );
-        }
-        let mut accept_env = Vec::new();
-        for said in self.texts(fields.take("acceptEnv")) {
-            if said.what.is_empty() {
-                self.problems.push(said.mark.problem("acceptEnv values cannot be empty", None));
-            }
-            accept_env.push(said.what);
-        }
-        for name in ["recorder", "enforceRecorder"] {
-            if let Some((item, place)) = fields.take(name) {
-                self.wrong(
-                    item,
-                    &place,
-                    format!("{name} is not supported: sessions cannot be recorded here"),
-                    None,
-                );
-            }
-        }
-        let posture = self.all(fields.take("srcPosture"), posture_name);
-        let ssh = Ssh { mark: fields.mark.clone(), verdict, src, posture, dst, users, accept_env };
-        self.done(fields);
-        Some(ssh)
-    }
-
-    fn node_attrs(&mut self, item: &Item, place: &str) -> Option<NodeAttrs> {
-        let mut fields = self.fields(item, place)?;
-        let target = self.selectors(fields.take("target"));
-        let attrs = self.texts(fields.take("attr"));
-        let app = self.capabilities(fields.take("app"));
-        let ip_pool = self.all(fields.take("ipPool"), pool);
-        let attrs = NodeAttrs { mark: fields.mark.clone(), target, attrs, app, ip_pool };
-        self.done(fields);
-        Some(attrs)
-    }
-
-    fn test(&mut self, item: &Item, place: &str) -> Option<Test> {
-        let mut fields = self.fields(item, place)?;
-        let src = match fields.take("src") {
-            Some((item, place)) => self.text(item, &place).map(|said| said.what),
-            None => None,
-        };
-        let protocol = match fields.take("proto") {
-            Some((item, place)) => self.text(item, &place).filter(|said| !said.what.is_empty()),
-            None => None,
-        };
-        let accept = self.texts(fields.take("accept"));
-        let deny = self.texts(fields.take("deny"));
-        if let Some((item, place)) = fields.take("srcPostureAttrs") {
-            let message = "srcPostureAttrs is not honoured: a test is about the nodes as they are";
-            self.warnings.push(mark(item, &place).problem(message, None));
-        }
-        let test = Test { mark: fields.mark.clone(), src: src.unwrap_or_default(), protocol, accept, deny };
-        self.done(fields);
-        Some(test)
-    }
-
-    fn ssh_test(&mut self, item: &Item, place: &str) -> Option<SshTest> {
-        let mut fields = self.fields(item, place)?;
-        let src = match fields.take("src") {
-            Some((item, place)) => self.text(item, &place).map(|said| said.what),
-            None => None,
-        };
-        let dst = match fields.take("dst") {
-            Some((item, place)) if matches!(item.data, Data::Text(_)) => {
-                self.text(item, &place).into_iter().collect()
-            }
-            taken => self.texts(taken),
-        };
-        let mut names = |reader: &mut Self, name| -> Vec<String> {
-            reader.texts(fields.take(name)).into_iter().map(|said| said.what).collect()
-        };
-        let (accept, deny, check) = (names(self, "accept"), names(self, "deny"), names(self, "check"));
-        let test =
-            SshTest { mark: fields.mark.clone(), src: src.unwrap_or_default(), dst, accept, deny, check };
-        self.done(fields);
-        Some(test)
-    }
-
-    fn properties(&mut self, item: &Item, place: &str, body: &mut Body) {
-        let Some(mut fields) = self.fields(item, place) else { return };
-        for (name, list) in [("never", &mut body.never), ("always", &mut body.always)] {
-            *list = match fields.take(name) {
-                Some((item, place)) if matches!(item.data, Data::Text(_)) => {
-                    self.parsed(item, &place, property).into_iter().collect()
-                }
-                taken => self.all(taken, property),
-            };
-            // A group may be named without its prefix, where nothing else is called so.
-            for said in list {
-                for selector in [&mut said.what.from, &mut said.what.to.to] {
-                    if let Selector::Host(name) = selector
-                        && !body.hosts.contains_key(name)
-                        && body.groups.contains_key(&format!("group:{name}"))
-                    {
-                        *selector = Selector::Group(format!("group:{name}"));
-                    }
-                }
-            }
-        }
-        self.done(fields);
-    }
-}
-
-fn item_has(item: &Item, name: &str) -> bool {
-    match &item.data {
-        Data::Map(entries) => entries.iter().any(|(key, item)| {
-            key.name.eq_ignore_ascii_case(name)
-                && !matches!(&item.data, Data::Null)
-                && !matches!(&item.data, Data::List(items) if items.is_empty())
-        }),
-        _ => false,
     }
 }

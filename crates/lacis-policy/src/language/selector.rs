@@ -1,6 +1,7 @@
 //! What a policy names people and machines by: `*`, `tag:web`, `group:staff`, `autogroup:member`, `alice@example.com`,
 //! a host's alias, an address or a network; and ports and protocols beside them.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -87,10 +88,15 @@ impl Selector {
             };
         }
         if let Some(name) = text.strip_prefix("tag:") {
-            return match name.chars().next() {
-                Some(first) if first.is_ascii_alphabetic() => Ok(Self::Tag(text.to_owned())),
-                _ => wrong(format!("{text:?}: tag names must start with a letter, after 'tag:'"), None),
-            };
+            // As `tailcfg.CheckTag`.
+            if !name.starts_with(|c: char| c.is_ascii_alphabetic()) {
+                return wrong(format!("{text:?}: tag names must start with a letter, after 'tag:'"), None);
+            }
+            if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
+                let message = format!("{text:?}: tag names can only contain letters, digits and dashes");
+                return wrong(message, None);
+            }
+            return Ok(Self::Tag(text.to_owned()));
         }
         if let Some(domain) = text.strip_prefix("user:") {
             return match domain.strip_prefix("*@") {
@@ -198,15 +204,17 @@ impl fmt::Display for Selector {
 /// All ports there are.
 pub(crate) const ALL_PORTS: PortRange = PortRange { first: 0, last: u16::MAX };
 
+/// One port, in digits alone: `u16::from_str` takes a sign too.
 fn port(text: &str, whole: &str, which: &str) -> Result<u16, Wrong> {
-    match text.parse::<u16>() {
-        Ok(0) => {
+    let number = text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u16>().ok()).flatten();
+    match number {
+        Some(0) => {
             wrong(format!("port range {whole:?}: {which} port must be >0, or use '*' for wildcard"), None)
         }
-        Ok(port) => Ok(port),
-        Err(_) => wrong(
+        Some(port) => Ok(port),
+        None => wrong(
             format!("port range {whole:?}: invalid {which} integer"),
-            "ports are written 22, 80,443, 8000-8100 or *",
+            "ports are written 22, 80,443, 8000-8100 or *, without blanks",
         ),
     }
 }
@@ -224,7 +232,7 @@ pub(crate) fn ports(text: &str) -> Result<Vec<PortRange>, Wrong> {
         }
         Ok(range)
     };
-    text.split(',').map(|part| range(part.trim())).collect()
+    text.split(',').map(range).collect()
 }
 
 /// How ports are written.
@@ -237,18 +245,55 @@ pub(crate) fn show_ports(ports: &[PortRange]) -> String {
     ports.iter().map(show).collect::<Vec<_>>().join(",")
 }
 
+/// Both parts of `HOST:PORTS`, each with what is wrong with it.
+pub(crate) struct WithPorts {
+    pub(crate) host: Result<Selector, Wrong>,
+    pub(crate) ports: Result<Vec<PortRange>, Wrong>,
+}
+
+impl WithPorts {
+    /// # Errors
+    /// When there is nothing to take apart.
+    pub(crate) fn parse(text: &str) -> Result<Self, Wrong> {
+        match text.rsplit_once(':') {
+            Some((host, range)) if !text.ends_with(']') => {
+                Ok(Self { host: bare(host).and_then(|host| Selector::parse(&host)), ports: ports(range) })
+            }
+            _ => wrong(format!("{text:?} needs ports"), "such as tag:web:443 or *:*"),
+        }
+    }
+}
+
+/// A host without the brackets that an IPv6 address may have: `[fd7a::1]`, `[fd7a::]/48`, `[fd7a::/48]`.
+fn bare(host: &str) -> Result<Cow<'_, str>, Wrong> {
+    let Some(rest) = host.strip_prefix('[') else { return Ok(host.into()) };
+    let refused = || {
+        wrong(
+            format!("{host:?}: square brackets are only valid around IPv6 addresses"),
+            "write it without them",
+        )
+    };
+    let Some((inside, after)) = rest.split_once(']') else { return refused() };
+    let is_v6 = match Selector::parse(inside) {
+        Ok(Selector::Address(address)) => address.is_ipv6(),
+        Ok(Selector::Net(net)) => net.addr().is_ipv6() && after.is_empty(),
+        _ => false,
+    };
+    if !is_v6 || !(after.is_empty() || after.starts_with('/')) {
+        return refused();
+    }
+    Ok(format!("{inside}{after}").into())
+}
+
 /// `HOST:PORTS`.
 pub(crate) fn with_ports(text: &str) -> Result<(Selector, Vec<PortRange>), Wrong> {
-    let Some((host, range)) = text.rsplit_once(':') else {
-        return wrong(format!("{text:?} needs ports"), "such as tag:web:443 or *:*");
-    };
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    let range = ports(range)?;
-    Ok((Selector::parse(bare)?, range))
+    let WithPorts { host, ports } = WithPorts::parse(text)?;
+    let ports = ports?;
+    Ok((host?, ports))
 }
 
 /// Protocols by name. A name is taken for the number, so that both compare equal.
-const PROTOCOLS: [(&str, u8); 13] = [
+const PROTOCOLS: [(&str, u8); 15] = [
     ("icmp", 1),
     ("igmp", 2),
     ("ipv4", 4),
@@ -256,36 +301,37 @@ const PROTOCOLS: [(&str, u8); 13] = [
     ("egp", 8),
     ("igp", 9),
     ("udp", 17),
+    ("dccp", 33),
     ("gre", 47),
     ("esp", 50),
     ("ah", 51),
     ("ipv6-icmp", 58),
+    ("tsmp", 99),
     ("sctp", 132),
     ("fc", 133),
 ];
 
-/// A protocol by name or number.
+/// Further names that are taken.
+const PROTOCOL_ALIASES: [(&str, u8); 3] = [("ip-in-ip", 4), ("icmpv4", 1), ("icmpv6", 58)];
+
+/// A protocol by name (`ipproto.Proto` in Tailscale, whatever its case) or number.
 pub(crate) fn protocol(text: &str) -> Result<u8, Wrong> {
-    if let Some((_, number)) = PROTOCOLS.iter().find(|(name, _)| text.eq_ignore_ascii_case(name)) {
+    let mut names = PROTOCOLS.iter().chain(&PROTOCOL_ALIASES);
+    if let Some((_, number)) = names.find(|(name, _)| text.eq_ignore_ascii_case(name)) {
         return Ok(*number);
     }
-    match text {
-        "ip-in-ip" => return Ok(4),
-        "icmpv6" => return Ok(58),
-        _ => {}
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return wrong(
+            format!("protocol {text:?} is not known"),
+            "a number from 1 to 255 or a name: tcp, udp, icmp, sctp, …",
+        );
     }
-    if text.len() > 1 && text.starts_with('0') && text.bytes().all(|byte| byte.is_ascii_digit()) {
+    if text.starts_with('0') {
         return wrong(format!("{text:?}: leading 0 not permitted in protocol number"), None);
     }
-    match text.parse::<u64>() {
-        Ok(number) => match u8::try_from(number) {
-            Ok(number) => Ok(number),
-            Err(_) => wrong(format!("protocol number {text} is out of range (0-255)"), None),
-        },
-        Err(_) => wrong(
-            format!("protocol {text:?} is not known"),
-            "a number from 0 to 255 or a name: tcp, udp, icmp, sctp, …",
-        ),
+    match text.parse::<u8>() {
+        Ok(number) => Ok(number),
+        Err(_) => wrong(format!("protocol number {text} is out of range (1-255)"), None),
     }
 }
 
@@ -327,6 +373,11 @@ mod tests {
             "",
             "tag:",
             "tag:1",
+            "tag:data_base",
+            "tag:é",
+            "tag:a:b",
+            "tag:a.b",
+            "tag:a ",
             "group:",
             "user:alice",
             "10.0.0.1/8",
@@ -348,8 +399,64 @@ mod tests {
             ("fd00::1".to_owned(), "80,8000-8100".to_owned())
         );
         assert_eq!(with_ports("tag:web:*").unwrap().1, [ALL_PORTS]);
-        for text in ["tag", "a:0", "a:2-1", "a:70000", "a:-1", "a:"] {
+        assert_eq!(with_ports("a:080").unwrap().1, [PortRange { first: 80, last: 80 }]);
+        for text in [
+            "tag",
+            "a:0",
+            "a:2-1",
+            "a:70000",
+            "a:-1",
+            "a:",
+            "a:+80",
+            "a: 80",
+            "a:80 ",
+            "a:80-",
+            "a:-80",
+            "a:80-+90",
+            "a:1-2-3",
+            "a:80, 443",
+            "a:80,",
+            "a:٨٠",
+            "a:tcp",
+        ] {
             assert!(with_ports(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn brackets_are_for_ipv6_alone() {
+        for text in ["[fd7a::1]:80", "[fd7a::]/48:80", "[fd7a::/48]:80", "fd7a::1:80", "fd7a::/48:*"] {
+            assert!(with_ports(text).is_ok(), "{text}");
+        }
+        for text in [
+            "[tag:db]:5432",
+            "[10.0.0.1]:80",
+            "[10.0.0.0/8]:80",
+            "[*]:80",
+            "[host]:80",
+            "[autogroup:self]:*",
+            "[alice@example.com]:80",
+            "[group:a]:80",
+            "[fd7a::1:80",
+            "fd7a::1]:80",
+            "[fd7a::1]x:80",
+            "[fd7a::/48]/48:80",
+            "[]:80",
+            "[fd7a::1]",
+        ] {
+            assert!(with_ports(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn protocols_are_names_or_numbers() {
+        for (text, number) in
+            [("TCP", 6), ("Ip-In-Ip", 4), ("icmpv4", 1), ("ICMPv6", 58), ("dccp", 33), ("255", 255)]
+        {
+            assert_eq!(protocol(text), Ok(number), "{text}");
+        }
+        for text in ["", "0", "06", "+6", " tcp", "256", "-1", "*", "http"] {
+            assert!(protocol(text).is_err(), "{text}");
         }
     }
 }

@@ -13,7 +13,15 @@ const LONGEST_CHECK: u64 = 168 * 3600;
 /// Capabilities of Tailscale's own that a policy may grant.
 const TAILSCALE_CAPABILITIES: [&str; 6] = ["drive", "kubernetes", "relay", "secrets", "tsidp", "webui"];
 
+/// Longest name of a capability, in characters.
+const MAX_CAPABILITY_NAME: usize = 255;
+
+/// What is wrong with a capability's name.
 pub(super) fn capability_name(name: &str) -> Option<Wrong> {
+    if name.chars().count() > MAX_CAPABILITY_NAME || name.contains(char::is_control) {
+        let help = format!("at most {MAX_CAPABILITY_NAME} characters, none of them a control character");
+        return Some((format!("{name:?} cannot be the name of a capability"), Some(help)));
+    }
     let form = || {
         let help = "such as example.com/cap/editor".to_owned();
         Some((format!("{name:?}: capability name must have the form {{domain}}/{{path}}"), Some(help)))
@@ -33,21 +41,21 @@ pub(super) fn capability_name(name: &str) -> Option<Wrong> {
     }
 }
 
-/// `*`, `443`, `tcp:443`, `udp:*`, `icmp:*`.
+/// `*`, `443`, `*:443`, `tcp:443`, `udp:*`, `icmp:*`.
 pub(super) fn grant_ports(text: &str) -> Result<(Option<u8>, Vec<PortRange>), Wrong> {
     let Some((protocol, ports)) = text.split_once(':') else {
-        if text == "*" || text.starts_with(|c: char| c.is_ascii_digit()) {
-            return Ok((None, selector::ports(text)?));
-        }
-        // A protocol's name alone is all of it.
-        return Ok((Some(selector::protocol(text)?), vec![selector::ALL_PORTS]));
+        let usual = |(message, help)| match selector::protocol(text) {
+            Ok(_) => (message, Some(format!("all of a protocol is written {text}:*"))),
+            Err(_) => (message, help),
+        };
+        return Ok((None, selector::ports(text).map_err(usual)?));
     };
     if ports.contains(':') {
         return Err((format!("{text:?}: expected only one colon between protocol and ports"), None));
     }
+    // As in `tailcfg.ProtoPortRange`: the same as the ports alone.
     if protocol == "*" {
-        let help = "write the ports alone for the usual protocols".to_owned();
-        return Err((format!("{text:?}: protocol \"*\" is not known"), Some(help)));
+        return Ok((None, selector::ports(ports)?));
     }
     let protocol = selector::protocol(protocol)?;
     let ports = selector::ports(ports)?;
@@ -58,38 +66,42 @@ pub(super) fn grant_ports(text: &str) -> Result<(Option<u8>, Vec<PortRange>), Wr
     Ok((Some(protocol), ports))
 }
 
-/// A duration such as `12h`, `1h30m`, `45s`; or `always`.
+/// A duration as Go's `time.ParseDuration` reads it, such as `12h`, `1h30m`, `45s`, `0`; or `always`. In whole seconds,
+/// rounded down; 0 is to ask always.
 pub(super) fn check_period(text: &str) -> Result<u64, Wrong> {
     if text == "always" {
         return Ok(0);
     }
-    let (negative, rest) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
+    let negative = text.starts_with('-');
+    let rest = text.strip_prefix(['-', '+']).unwrap_or(text);
     let invalid = || {
         let help = "such as 12h, 1h30m or always".to_owned();
         (format!("{text:?} is an invalid duration"), Some(help))
     };
     let mut seconds = 0.0;
-    let mut left = rest;
-    if left.is_empty() {
+    let mut left = if rest == "0" { "" } else { rest };
+    if rest.is_empty() {
         return Err(invalid());
     }
     while !left.is_empty() {
         let end = left.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(invalid)?;
         let number: f64 = left[..end].parse().map_err(|_| invalid())?;
-        let unit_end = left[end..].find(|c: char| c.is_ascii_digit()).map_or(left.len(), |at| at + end);
+        let unit_end =
+            left[end..].find(|c: char| c.is_ascii_digit() || c == '.').map_or(left.len(), |at| at + end);
         seconds += number
             * match &left[end..unit_end] {
                 "h" => 3600.0,
                 "m" => 60.0,
                 "s" => 1.0,
                 "ms" => 1e-3,
-                "us" | "µs" => 1e-6,
+                // with the micro sign, or a small mu
+                "us" | "\u{b5}s" | "\u{3bc}s" => 1e-6,
                 "ns" => 1e-9,
                 _ => return Err(invalid()),
             };
         left = &left[unit_end..];
     }
-    if negative || seconds < 1.0 {
+    if negative && seconds > 0.0 {
         return Err((format!("checkPeriod {text} must be a positive duration"), None));
     }
     if seconds > LONGEST_CHECK as f64 {
@@ -170,7 +182,11 @@ mod tests {
         assert_eq!(check_period("1h30m"), Ok(5400));
         assert_eq!(check_period("168h"), Ok(LONGEST_CHECK));
         assert_eq!(check_period("always"), Ok(0));
-        for text in ["168h0m1s", "abc", "-1m", "", "12", "0s", "1d"] {
+        for text in ["0s", "0", "-0s", "0h0m", "500ms"] {
+            assert_eq!(check_period(text), Ok(0), "{text}");
+        }
+        assert_eq!(check_period("+1.5h.5m"), Ok(5430));
+        for text in ["168h0m1s", "abc", "-1m", "", "12", "-", " 1h", "1h ", "1d"] {
             assert!(check_period(text).is_err(), "{text}");
         }
     }
@@ -180,7 +196,10 @@ mod tests {
         assert_eq!(grant_ports("*"), Ok((None, vec![selector::ALL_PORTS])));
         assert_eq!(grant_ports("tcp:80-443").unwrap().0, Some(6));
         assert_eq!(grant_ports("icmp:*").unwrap().0, Some(1));
-        for text in ["tcp:0", "icmp:5", "*:80", "tcp:1:2", "abc", ""] {
+        for text in [
+            "tcp:0", "icmp:5", "*:+80", "tcp:1:2", "abc", "", "icmp", "tcp", "TCP", "tcp:icmp", "tcp:tcp",
+            "tcp:", ":80", "+80", " 80", "80-", "tcp:+80", "tcp: 80", "tcp:80-", "0:*", "+6:80",
+        ] {
             assert!(grant_ports(text).is_err(), "{text}");
         }
     }
