@@ -169,6 +169,80 @@ fn explain_says_why_nothing_does() {
 }
 
 #[test]
+fn explain_show_and_properties_agree_on_pings() {
+    let desk = Desk::new();
+    let explain = |what: &str| {
+        desk.run(&format!("explain policy.hujson --nodes nodes.json --exit-code {what}")).code == 0
+    };
+    for to in ["web", "100.64.0.4", "fd7a:115c:a1e0::4", "tag:web"] {
+        for proto in ["icmp", "ipv6-icmp", "1", "58"] {
+            assert!(explain(&format!("--from alice-phone --to {to} --proto {proto}")), "{to} {proto}");
+            assert!(!explain(&format!("--from bob --to {to} --proto {proto}")), "{to} {proto}");
+        }
+    }
+    assert!(explain("--from alice-phone --to scope --proto icmp"));
+    assert!(!explain("--from alice-phone --to web --proto gre"));
+    assert!(!explain("--from alice-phone --to web --proto sctp --port 443"));
+    let run = desk.run("show policy.hujson --nodes nodes.json --node gate");
+    assert!(run.stdout.contains("10.0.0.7  tcp 5025; icmp\n"), "{}", run.stdout);
+    for (property, fails) in [
+        (r#""never": ["bob@example.org -> icmp tag:web:*"]"#, false),
+        (r#""never": ["alice@example.org -> icmp tag:web:*"]"#, true),
+        (r#""never": ["alice@example.org -> icmp scope:*"]"#, true),
+        (r#""always": ["alice@example.org -> icmp tag:web:*"]"#, false),
+        (r#""always": ["alice@example.org -> gre tag:web:*"]"#, true),
+    ] {
+        desk.file(
+            "with.hujson",
+            &POLICY.replace("\"tests\":", &format!("\"properties\": {{{property}}}, \"tests\":")),
+        );
+        let run = desk.run("check with.hujson --nodes nodes.json");
+        assert_eq!(run.code == 1, fails, "{property}: {}{}", run.stdout, run.stderr);
+    }
+}
+
+#[test]
+fn explain_names_the_posture_that_is_missing() {
+    let desk = Desk::new();
+    let policy = r#"{
+  "tagOwners": {"tag:web": []},
+  "postures": {"posture:new": ["node:os == 'linux'", "node:tsVersion >= '1.80'"]},
+  "ACLs": [
+    {"action": "accept", "src": ["alice@example.org"], "srcPosture": ["posture:new"], "dst": ["tag:web:443"]},
+  ],
+}"#;
+    desk.file("posture.hujson", policy);
+    let posture = r#""posture": {"node:os": "linux", "node:tsVersion": "1.62"}, "v4": "100.64.0.2""#;
+    desk.file("nodes.json", &NODES.replace(r#""v4": "100.64.0.2""#, posture));
+    let explain = |from: &str| {
+        desk.run(&format!("explain posture.hujson --nodes nodes.json --from {from} --to web --port 443"))
+            .stdout
+    };
+    assert_eq!(
+        explain("alice-phone"),
+        "alice-phone -> web tcp/443: not allowed\n  posture.hujson:5:5: ACLs[0]: alice@example.org -> tag:web:443 \
+         (posture:new): is about both; alice-phone does not fulfil posture:new (node:tsVersion >= '1.80')\n"
+    );
+    assert!(explain("bob").ends_with("  no rule comes near it\n"), "{}", explain("bob"));
+    desk.file("nodes.json", &NODES.replace(r#""v4": "100.64.0.2""#, &posture.replace("1.62", "1.80.1")));
+    assert!(explain("alice-phone").starts_with("alice-phone -> web tcp/443: allowed\n"));
+}
+
+#[test]
+fn a_policy_without_rules_says_aloud_that_nothing_is_restricted() {
+    let desk = Desk::new();
+    for text in ["{}", r#"{"acls": null}"#, r#"{"ACLs": null, "grants": null}"#] {
+        desk.file("open.hujson", text);
+        let run = desk.run("check open.hujson");
+        assert_eq!(run.code, 0);
+        assert!(run.stderr.starts_with("open.hujson:1:1: warning: "), "{}", run.stderr);
+        assert!(run.stderr.contains("everybody reaches everything"), "{}", run.stderr);
+    }
+    desk.file("closed.hujson", r#"{"acls": []}"#);
+    assert_eq!(desk.run("check closed.hujson").stderr, "");
+}
+
+#[test]
 fn diff_says_who_gains_and_who_loses() {
     let desk = Desk::new();
     let new = POLICY.replace("tag:web:443\"]},", "tag:web:80,443\"]},").replace(
@@ -182,9 +256,9 @@ fn diff_says_who_gains_and_who_loses() {
         run.stdout,
         "gained:\n  \
            + alice-laptop, alice-phone -> web: tcp+udp 80\n  \
-           + bob -> 10.0.0.0/29 (behind gate): tcp 5025\n\
+           + bob -> 10.0.0.0/29 (behind gate): tcp 5025; icmp\n\
          lost:\n  \
-           - alice-laptop, alice-phone -> 10.0.0.7 (behind gate): tcp 5025\n"
+           - alice-laptop, alice-phone -> 10.0.0.7 (behind gate): tcp 5025; icmp\n"
     );
     let run = desk.run("diff policy.hujson new.hujson --nodes nodes.json --json");
     assert_eq!(run.code, 0);

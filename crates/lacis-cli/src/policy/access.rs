@@ -6,7 +6,7 @@ use lacis_policy::Protocol;
 use lacis_wire::control::PortRange;
 
 /// Protocols of a filter rule that names none.
-const USUAL: [i32; 4] = [6, 17, ICMP, ICMP6];
+const DEFAULT_PROTOCOLS: [i32; 4] = [6, 17, ICMP, ICMP6];
 
 const ICMP: i32 = 1;
 const ICMP6: i32 = 58;
@@ -16,9 +16,9 @@ fn protocol(number: i32) -> String {
     u8::try_from(number).map_or_else(|_| number.to_string(), |number| Protocol(number).to_string())
 }
 
-/// Ports are a matter of TCP, UDP and SCTP; elsewhere any is as good as all.
+/// Ports are a matter of TCP, UDP and SCTP.
 fn has_ports(number: i32) -> bool {
-    matches!(number, 6 | 17 | 132)
+    u8::try_from(number).is_ok_and(|number| Protocol(number).has_ports())
 }
 
 /// Ports, as sorted ranges that neither overlap nor touch.
@@ -85,11 +85,17 @@ impl Access {
         self.0.is_empty()
     }
 
-    /// Adds ports of a rule's protocols; none are the usual ones.
+    /// Adds ports of a rule's protocols; none are the default ones. As packet filters have it: any rule lets pings
+    /// through, and other protocols without ports need all ports.
     pub(super) fn add(&mut self, protocols: &[i32], range: PortRange) {
-        for number in if protocols.is_empty() { &USUAL } else { protocols } {
-            let all = PortRange { first: 0, last: u16::MAX };
-            self.0.entry(*number).or_default().add(if has_ports(*number) { range } else { all });
+        const ALL: PortRange = PortRange { first: 0, last: u16::MAX };
+        for number in [ICMP, ICMP6] {
+            self.0.entry(number).or_default().add(ALL);
+        }
+        for number in if protocols.is_empty() { &DEFAULT_PROTOCOLS } else { protocols } {
+            if has_ports(*number) || range == ALL {
+                self.0.entry(*number).or_default().add(range);
+            }
         }
     }
 
@@ -154,8 +160,11 @@ mod tests {
 
     #[test]
     fn touching_ports_are_one_range() {
-        assert_eq!(access(&[(&[6], 22, 22), (&[6], 80, 90), (&[6], 23, 25)]).texts(), ["tcp:22-25,80-90"]);
-        assert_eq!(access(&[(&[6], 0, 65534), (&[6], 65535, 65535)]).to_string(), "tcp *");
+        assert_eq!(
+            access(&[(&[6], 22, 22), (&[6], 80, 90), (&[6], 23, 25)]).texts(),
+            ["icmp", "tcp:22-25,80-90", "ipv6-icmp"]
+        );
+        assert_eq!(access(&[(&[6], 0, 65534), (&[6], 65535, 65535)]).to_string(), "tcp *; icmp");
     }
 
     #[test]
@@ -173,8 +182,9 @@ mod tests {
     }
 
     #[test]
-    fn other_protocols_know_no_ports() {
-        assert!(access(&[(&[1], 1, 2)]).without(&access(&[(&[1], 5, 5)])).is_empty());
-        assert_eq!(access(&[(&[47], 0, 65535)]).texts(), ["gre"]);
+    fn any_rule_lets_pings_through_and_other_protocols_without_ports_need_all_ports() {
+        assert!(access(&[(&[1], 1, 2)]).without(&access(&[(&[6], 5, 5)])).is_empty());
+        assert_eq!(access(&[(&[47], 0, 65535)]).to_string(), "icmp+gre");
+        assert_eq!(access(&[(&[47], 5, 5)]).to_string(), "icmp");
     }
 }

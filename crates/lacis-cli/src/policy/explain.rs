@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use lacis_policy::{Decision, Protocol};
+use lacis_policy::{Decision, Endpoint, Network, Protocol};
 use serde_json::{Value, json};
 
 use super::Answer;
@@ -22,7 +22,7 @@ pub(crate) struct Explain {
     /// To whom
     #[arg(long)]
     to: String,
-    /// To which port; ICMP has none
+    /// To which port; TCP, UDP and SCTP have them
     #[arg(long)]
     port: Option<u16>,
     /// By which protocol, by name or number
@@ -38,12 +38,20 @@ pub(crate) struct Explain {
     exit_code: bool,
 }
 
-/// Protocols whose packets have no ports.
-const WITHOUT_PORTS: [u8; 2] = [1, 58];
+/// A ping is asked about in both families: the two ends may share one alone.
+fn decide(network: &Network, from: Endpoint, to: Endpoint, protocol: Protocol, port: u16) -> Decision {
+    if !protocol.is_icmp() {
+        return network.decide(from, to, protocol, port);
+    }
+    let [v4, v6] =
+        [Protocol::ICMP, Protocol::ICMPV6].map(|protocol| network.decide(from, to, protocol, port));
+    let v6_says_more = (v6.allowed && !v4.allowed) || v4.because.is_empty();
+    if v6_says_more { v6 } else { v4 }
+}
 
 impl Explain {
     pub(super) async fn run(self) -> anyhow::Result<Answer> {
-        let portless = WITHOUT_PORTS.contains(&self.proto.0);
+        let portless = !self.proto.has_ports();
         if self.port.is_none() && !portless {
             bail!("to which port? Add --port N, or --proto icmp");
         }
@@ -60,7 +68,7 @@ impl Explain {
                 if several && source == target {
                     continue;
                 }
-                let decision = network.decide(source.end, target.end, self.proto, port);
+                let decision = decide(&network, source.end, target.end, self.proto, port);
                 all &= decision.allowed;
                 if self.json {
                     answers.push(json(&source.name, &target.name, &decision, &rules));
@@ -69,6 +77,10 @@ impl Explain {
                 let verdict = if decision.allowed { "allowed" } else { "not allowed" };
                 output::line(format!("{} -> {} {what}: {verdict}", source.name, target.name));
                 for reason in &decision.because {
+                    if reason.place.is_empty() {
+                        output::line(format!("  {}", reason.text));
+                        continue;
+                    }
                     let at = reason.at.map_or_else(String::new, |at| format!("{at}: "));
                     let rule =
                         rule_text(&rules, &reason.place).map_or_else(String::new, |text| format!(": {text}"));
@@ -89,15 +101,17 @@ impl Explain {
 /// A rule in one line: `group:staff -> tag:web:443 (tcp)`. Nothing when there is none at this place (`acls[0]`).
 fn rule_text(policy: &Value, place: &str) -> Option<String> {
     let (section, rest) = place.split_once('[')?;
-    let rule = policy.get(section)?.get(rest.split(']').next()?.parse::<usize>().ok()?)?;
+    // Sections are found whatever their case; the policy is in its one spelling here.
+    let (_, rules) = policy.as_object()?.iter().find(|(name, _)| name.eq_ignore_ascii_case(section))?;
+    let rule = rules.get(rest.split(']').next()?.parse::<usize>().ok()?)?;
     let list = |key: &str| -> Vec<&str> {
         rule.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect()
     };
     let mut text = format!("{} -> {}", list("src").join(", "), list("dst").join(", "));
     let proto: Vec<&str> = rule.get("proto").and_then(Value::as_str).into_iter().collect();
     let via: Vec<String> = list("via").into_iter().map(|tag| format!("via {tag}")).collect();
-    let details =
-        [proto.as_slice(), &list("ip"), &via.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let via: Vec<&str> = via.iter().map(String::as_str).collect();
+    let details = [proto.as_slice(), &list("ip"), &list("srcPosture"), &via].concat();
     if !details.is_empty() {
         text.push_str(" (");
         text.push_str(&details.join(", "));
@@ -127,11 +141,16 @@ mod tests {
     fn a_rule_is_told_in_one_line() {
         let policy = json!({
             "acls": [{"src": ["a@", "tag:b"], "dst": ["tag:c:1-2"], "proto": "udp"}],
-            "grants": [{"src": ["*"], "dst": ["net"], "ip": ["tcp:443"], "via": ["tag:r"]}],
+            "grants": [
+                {"src": ["*"], "dst": ["net"], "ip": ["tcp:443"], "via": ["tag:r"]},
+                {"src": ["*"], "dst": ["net"], "ip": ["*"], "srcPosture": ["posture:p"]},
+            ],
         });
         let text = |place| rule_text(&policy, place);
         assert_eq!(text("acls[0]").unwrap(), "a@, tag:b -> tag:c:1-2 (udp)");
         assert_eq!(text("grants[0].dst[0]").unwrap(), "* -> net (tcp:443, via tag:r)");
+        assert_eq!(text("grants[1]").unwrap(), "* -> net (*, posture:p)");
+        assert_eq!(text("ACLs[0]"), text("acls[0]"));
         assert_eq!(text("acls[1]"), None);
         assert_eq!(text("no acls, no grants"), None);
     }
