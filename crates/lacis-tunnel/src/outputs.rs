@@ -68,7 +68,6 @@ pub struct RelayBatch {
 #[derive(Debug)]
 pub struct RelayOutput {
     receiver: mpsc::Receiver<RelayBatch>,
-    pool: Arc<Pool>,
 }
 
 impl RelayOutput {
@@ -273,7 +272,7 @@ impl Senders {
         let (events, events_out) = mpsc::channel(EVENTS);
         let pool = Arc::new(Pool::default());
         let outputs = Outputs {
-            relay: RelayOutput { receiver: relay_out, pool: Arc::clone(&pool) },
+            relay: RelayOutput { receiver: relay_out },
             udp: udp_out,
             quad100: quad100_out,
             events: events_out,

@@ -123,9 +123,9 @@ impl Owed {
 
     /// What a viewer is sent whose key has expired: at that moment that it has neither peers nor rules any more, and
     /// from then on only what changes of itself.
-    fn of_expired(changes: &[Change], before: &Before, viewer: NodeId) -> Option<Self> {
+    fn of_expired(changes: &[Arc<Change>], before: &Before, viewer: NodeId) -> Option<Self> {
         let ends = !before.expired;
-        let own = |change: &Change| matches!(change, Change::Node { node, what } if *node == viewer && !matches!(what, What::Patch(_)));
+        let own = |change: &Arc<Change>| matches!(&**change, Change::Node { node, what } if *node == viewer && !matches!(what, What::Patch(_)));
         (ends || changes.iter().any(own)).then(|| Self {
             changed: Vec::new(),
             removed: if ends { before.network.peers(viewer).collect() } else { Vec::new() },

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lacis_wire::control::{MAX_CAPABILITY_VALUE, MAX_NESTING};
 use serde_json::Value;
 
 use super::{Reader, Taken, mark, says_something};
@@ -20,10 +21,6 @@ const APP_CONNECTORS: &str = "tailscale.com/app-connectors";
 const MAX_CAPABILITIES: usize = 256;
 /// Values of one capability.
 const MAX_CAPABILITY_VALUES: usize = 256;
-/// Levels of lists and objects in one of them.
-const MAX_CAPABILITY_DEPTH: usize = 16;
-/// Bytes of one of them, as JSON.
-const MAX_CAPABILITY_VALUE: usize = 64 * 1024;
 
 /// The action of an `ssh` rule; blanks around it do not count.
 fn ssh_action(text: &str) -> Result<SshVerdict, Wrong> {
@@ -125,9 +122,8 @@ impl Reader {
 
     /// A value that every client can decode, and that fits beside others into a map.
     fn capability_value(&mut self, item: &Item, place: &str) -> Option<Value> {
-        if item.depth() > MAX_CAPABILITY_DEPTH {
-            let message =
-                format!("the value of a capability nests deeper than {MAX_CAPABILITY_DEPTH} levels");
+        if item.depth() > MAX_NESTING {
+            let message = format!("the value of a capability nests deeper than {MAX_NESTING} levels");
             self.wrong(item, place, message, None);
             return None;
         }
