@@ -23,6 +23,7 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use lacis_dns::Resolver;
 use lacis_path::Via;
+use lacis_serve::log::LogLimiter;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
 use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
 use lacis_wire::disco;
@@ -252,6 +253,8 @@ pub(crate) struct Engine {
     announced_home: u16,
     /// What each region's relay complains of.
     relay_trouble: BTreeMap<u16, String>,
+    /// For log lines that the control server, relays and peers cause.
+    log: LogLimiter,
     boxes: disco::Boxes,
     pings: Pings,
 
@@ -314,6 +317,7 @@ impl Engine {
             remembered: false,
             announced_home: 0,
             relay_trouble: BTreeMap::new(),
+            log: LogLimiter::default(),
             expired: Vec::new(),
             foreign_addresses: BTreeSet::new(),
             pings: Pings::default(),

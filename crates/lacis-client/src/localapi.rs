@@ -7,23 +7,18 @@
 mod handlers;
 mod watch;
 
-use std::io;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use axum::Router;
-use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use axum::serve::{IncomingStream, Listener};
+use lacis_serve::call;
+use lacis_serve::unix::{BindError, UnixSocket, is_trusted};
 use lacis_wire::local::HOST;
-use rustix::process::getuid;
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::Error;
@@ -33,65 +28,10 @@ use crate::engine::{Command, EngineHandle};
 const SOCKET_MODE: u32 = 0o666;
 const CAPABILITY: HeaderName = HeaderName::from_static("tailscale-cap");
 
-/// Connections of users other than root at a time: nobody on the host may use up the daemon's descriptors.
-const CONNECTIONS: usize = 64;
-
-/// Who is at the other end of a connection. Lives as long as that.
-#[derive(Clone, Debug)]
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
 struct Peer {
     uid: Option<u32>,
-    /// One of the [`CONNECTIONS`].
-    _place: Option<Arc<OwnedSemaphorePermit>>,
-}
-
-impl Connected<IncomingStream<'_, Door>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
-        stream.remote_addr().clone()
-    }
-}
-
-/// Lets connections in, as many as there are places.
-#[derive(Debug)]
-struct Door {
-    listener: UnixListener,
-    places: Arc<Semaphore>,
-}
-
-impl Door {
-    /// Root is always let in: it must be able to turn off what others have filled.
-    fn admit(&self, uid: Option<u32>) -> Option<Peer> {
-        let place = match uid {
-            Some(uid) if is_root(uid) => None,
-            _ => Some(Arc::new(Arc::clone(&self.places).try_acquire_owned().ok()?)),
-        };
-        Some(Peer { uid, _place: place })
-    }
-}
-
-impl Listener for Door {
-    type Io = UnixStream;
-    type Addr = Peer;
-
-    async fn accept(&mut self) -> (UnixStream, Peer) {
-        loop {
-            let (stream, _) = Listener::accept(&mut self.listener).await;
-            let uid = stream.peer_cred().ok().map(|cred| cred.uid());
-            // Whoever is one too many is hung up on. Left waiting, it would keep root out as well.
-            match self.admit(uid) {
-                Some(peer) => return (stream, peer),
-                None => tracing::debug!(?uid, "too many connections to the local API: one is closed"),
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<Peer> {
-        Ok(Peer { uid: None, _place: None })
-    }
-}
-
-/// Root, or whom this daemon runs as.
-fn is_root(uid: u32) -> bool {
-    uid == 0 || uid == getuid().as_raw()
 }
 
 /// May the request change something? Known to handlers that answer differently.
@@ -100,56 +40,29 @@ struct MayWrite(bool);
 
 /// The socket, bound, and removed when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Socket {
-    listener: UnixListener,
-    file: SocketFile,
-}
-
-/// The socket's name in the file system, which nobody else removes.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::debug!(%error, path = %self.0.display(), "the socket is not removed");
-        }
-    }
-}
+pub(crate) struct Socket(UnixSocket);
 
 impl Socket {
     /// Binds the socket. One that a crashed daemon left is replaced, one that answers is not.
     pub(crate) async fn bind(path: &Path) -> Result<Self, Error> {
-        let failed = |source| Error::Socket { path: path.to_owned(), source };
-        if UnixStream::connect(path).await.is_ok() {
-            return Err(Error::SocketInUse { path: path.to_owned() });
+        let path = path.to_owned();
+        match UnixSocket::bind(&path, SOCKET_MODE).await {
+            Ok(socket) => Ok(Self(socket)),
+            Err(BindError::InUse) => Err(Error::SocketInUse { path }),
+            Err(BindError::NotASocket) => Err(Error::NoSocket { path }),
+            Err(BindError::Io(source)) => Err(Error::Socket { path, source }),
         }
-        match std::fs::symlink_metadata(path) {
-            Ok(file) if file.file_type().is_socket() => std::fs::remove_file(path).map_err(failed)?,
-            // A wrong path must not cost anybody a file.
-            Ok(_) => return Err(Error::NoSocket { path: path.to_owned() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-        }
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).map_err(failed)?;
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        let file = SocketFile(path.to_owned());
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-        Ok(Self { listener, file })
     }
 
     /// Serves until told to stop.
     pub(crate) async fn serve(self, engine: EngineHandle, device: String, stop: CancellationToken) {
-        let service = router(engine, device, stop.clone()).into_make_service_with_connect_info::<Peer>();
-        // Removed when this ends, also when it is aborted.
-        let _file = self.file;
-        let door = Door { listener: self.listener, places: Arc::new(Semaphore::new(CONNECTIONS)) };
-        let serving = axum::serve(door, service).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = serving.await {
-            tracing::error!(%error, "the local API has ended");
-        }
+        let router = router(engine, device, stop.clone());
+        let service = move |stream: &UnixStream| {
+            let peer = Peer { uid: stream.peer_cred().ok().map(|cred| cred.uid()) };
+            let router = router.clone();
+            hyper::service::service_fn(move |request| call(router.clone(), peer, request))
+        };
+        self.0.serve(service, stop).await;
     }
 }
 
@@ -195,7 +108,7 @@ fn router(engine: EngineHandle, device: String, stop: CancellationToken) -> Rout
 /// Refuses what a browser could send and what this user may not do.
 async fn guard(
     State(api): State<Api>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(peer): Extension<Peer>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -227,7 +140,7 @@ fn refusal(text: &'static str) -> Response {
 
 async fn may_write(api: &Api, uid: Option<u32>) -> bool {
     let Some(uid) = uid else { return false };
-    if is_root(uid) {
+    if is_trusted(uid) {
         return true;
     }
     let (reply, prefs) = tokio::sync::oneshot::channel();
@@ -270,23 +183,6 @@ mod tests {
         let error = Socket::bind(&path).await.unwrap_err();
         assert!(matches!(error, Error::NoSocket { .. }), "{error}");
         assert!(path.exists());
-    }
-
-    #[tokio::test]
-    async fn others_have_so_many_places_and_root_always_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(dir.path().join("s.sock")).unwrap();
-        let door = Door { listener, places: Arc::new(Semaphore::new(CONNECTIONS)) };
-        let somebody = Some(u32::MAX - 1);
-        let mut inside: Vec<_> = (0..CONNECTIONS).map(|_| door.admit(somebody).unwrap()).collect();
-        // Each request has a copy; only the last to go gives the place back.
-        let request = inside[0].clone();
-        inside.swap_remove(0);
-        assert!(door.admit(somebody).is_none());
-        assert!(door.admit(None).is_none());
-        assert!(door.admit(Some(0)).is_some());
-        drop(request);
-        assert!(door.admit(somebody).is_some());
     }
 
     #[test]

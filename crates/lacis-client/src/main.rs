@@ -48,7 +48,7 @@ const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = match EnvFilter::try_new(format!("boringtun=off,{}", arguments.log)) {
+    let filter = match EnvFilter::try_new(format!("boringtun=off,rustls=error,{}", arguments.log)) {
         Ok(filter) => filter,
         Err(error) => {
             eprintln!(

@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lacis_serve::log::LogLimiter;
 use lacis_wire::control::{DerpMap, DnsConfig, DnsRecord, DnsResolver, NodeId};
 use lacis_wire::key::{MachineKey, NodeKey};
 use tokio_util::sync::CancellationToken;
@@ -156,6 +157,7 @@ struct Inner {
     streams: prometheus_client::metrics::gauge::Gauge<i64, AtomicI64>,
     frames: prometheus_client::metrics::counter::Counter<u64, AtomicU64>,
     token: CancellationToken,
+    log: Arc<LogLimiter>,
 }
 
 /// Handle to the core; cheap to clone.
@@ -239,6 +241,7 @@ impl Core {
             streams: prometheus_client::metrics::gauge::Gauge::default(),
             frames: prometheus_client::metrics::counter::Counter::default(),
             token: CancellationToken::new(),
+            log: Arc::default(),
         }));
         tokio::spawn(janitor::run(core.clone()));
         tokio::spawn(janitor::write_back(core.clone()));
@@ -278,6 +281,16 @@ impl Core {
     /// The same, if it belongs to that machine. Node keys are public: alone they prove nothing.
     pub fn find_for(&self, key: &NodeKey, machine: &MachineKey) -> Option<(Arc<Tailnet>, Arc<NodeRecord>)> {
         self.find(key).filter(|(_, node)| node.machine_key == *machine)
+    }
+
+    /// For log lines that strangers cause.
+    pub(crate) fn log(&self) -> &Arc<LogLimiter> {
+        &self.0.log
+    }
+
+    /// Whether a machine has a node in any network.
+    pub(crate) fn knows_machine(&self, machine: &MachineKey) -> bool {
+        self.tailnets().any(|tailnet| tailnet.lock().state.by_machine.contains_key(machine))
     }
 
     pub(crate) fn index(&self, edit: impl FnOnce(&mut HashMap<NodeKey, (Arc<Tailnet>, NodeId)>)) {

@@ -37,40 +37,8 @@ pub enum Error {
     /// Somebody answers on the admin socket.
     #[error("another coordinator is running: it answers on {path} (stop it first)")]
     Running {
-        /// The admin socket or the lock file.
+        /// The admin socket.
         path: PathBuf,
-    },
-    /// The state directory or a file in it.
-    #[error(
-        "cannot {doing} {path}: {source} (the state directory must belong to the user that runs the coordinator)"
-    )]
-    State {
-        /// What was being done.
-        doing: &'static str,
-        /// The directory or file.
-        path: PathBuf,
-        /// From the system.
-        source: io::Error,
-    },
-    /// A key file that others may read.
-    #[error(
-        "the key {path} may be read by others (mode {mode:03o}): take that away with `chmod 600 {path}`, and replace the key if others had access"
-    )]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// A key file with something else in it.
-    #[error(
-        "{path} does not hold a private key: {why} (restore it from a backup; without it every client must be set up anew, so it is not replaced)"
-    )]
-    KeyFile {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
     },
     /// The database has nodes, and the key that they know the coordinator by is not there.
     #[error(
@@ -82,7 +50,10 @@ pub enum Error {
         /// How many nodes there are.
         nodes: usize,
     },
-    /// A certificate, or the embedded relay.
+    /// The state directory, a key, the certificate or TLS.
+    #[error(transparent)]
+    Serve(#[from] lacis_serve::Error),
+    /// The embedded relay.
     #[error(transparent)]
     Relay(#[from] lacis_relay::Error),
     /// The database, or what is in it.
@@ -104,7 +75,7 @@ impl Error {
     pub fn is_config(&self) -> bool {
         use crate::core::Error as Core;
         use crate::store::Error as Store;
-        use lacis_relay::Error as Relay;
+        use lacis_serve::Error as Serve;
         matches!(
             self,
             Self::Config(_)
@@ -112,7 +83,7 @@ impl Error {
                 | Self::Core(
                     Core::UnknownTailnet { .. } | Core::Policy { .. } | Core::Store(Store::Missing { .. })
                 )
-                | Self::Relay(Relay::Certificate { .. } | Relay::Read { .. } | Relay::Tls(_))
+                | Self::Serve(Serve::Certificate { .. } | Serve::Read { .. } | Serve::Tls(_))
         )
     }
 }

@@ -12,7 +12,8 @@ use lacis_coordinator::config::{Config, schema};
 use lacis_coordinator::core::policy::{self, PolicyError, PolicySource};
 use lacis_coordinator::core::{self, Core};
 use lacis_coordinator::serve::Service;
-use lacis_relay::tls::Certificate;
+use lacis_serve::log::DEFAULT_FILTER;
+use lacis_serve::tls::Certificate;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -95,7 +96,8 @@ fn check(path: &Path) -> Result<(), Error> {
 }
 
 fn serve(path: &Path, init: bool) -> Result<(), Error> {
-    let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let level =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_FILTER.into());
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).with_ansi(colours).init();
     let config = Config::load(path)?;

@@ -121,7 +121,9 @@ async fn health(State(core): State<Core>) -> Response {
     let (status, text) = match core.health().await {
         Ok(()) => (StatusCode::OK, "{\"status\":\"pass\"}"),
         Err(error) => {
-            tracing::error!(%error, "not healthy");
+            if let Some(suppressed) = core.log().allow("not healthy", ()) {
+                tracing::error!(%error, suppressed, "not healthy");
+            }
             (StatusCode::INTERNAL_SERVER_ERROR, "{\"status\":\"fail\"}")
         }
     };

@@ -3,6 +3,7 @@
 //! The order of the questions is the protocol's (dossier, section 5.3): leaving, restarting, waiting for approval, a
 //! key, and at last a page to sign in. Refusals are texts inside a 200, as clients expect them.
 
+use lacis_serve::places::prefix;
 use lacis_wire::control::{Login, RegisterRequest, RegisterResponse, User};
 
 use crate::core::registration::{Applicant, Member, Refused};
@@ -16,7 +17,10 @@ pub async fn register(core: &Core, session: &Session, request: RegisterRequest) 
         // A client makes another key then and asks again.
         Err(Refused::OtherNode) => RegisterResponse { node_key_expired: true, ..RegisterResponse::default() },
         Err(refused) => {
-            tracing::info!(machine = %session.machine, remote = %session.remote, %refused, "registration refused");
+            if let Some(suppressed) = core.log().allow("registration refused", prefix(session.remote.ip())) {
+                let (machine, remote) = (session.machine, session.remote);
+                tracing::info!(%machine, %remote, %refused, suppressed, "registration refused");
+            }
             RegisterResponse { error: refused.to_string(), ..RegisterResponse::default() }
         }
     }

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::routing::get;
-use http::header::CONTENT_TYPE;
 use lacis_relay::server::{AdmitIf, Limits, Relay};
 use lacis_relay::stun;
-use lacis_relay::tls::Certificate;
+use lacis_serve::keys::{StateDir, load_or_generate};
+use lacis_serve::listener::{HttpLimits, Listeners};
+use lacis_serve::tls::Certificate;
+use lacis_serve::{bind, metrics};
+use lacis_wire::key::{MachinePrivateKey, RelayPrivateKey};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -21,8 +23,6 @@ use tokio_util::task::TaskTracker;
 use crate::admin_socket::AdminSocket;
 use crate::config::Config;
 use crate::core::{self, Core};
-use crate::http1::{Listeners, listen};
-use crate::keys::StateDir;
 use crate::store::{Missing, Store};
 use crate::ts2021::Noise;
 use crate::{Error, admin, inner, outer};
@@ -34,12 +34,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Users, keys and nodes, in the state directory.
 const DATABASE: &str = "coordinator.db";
-/// What clients know the coordinator by.
+/// What clients know the server by, in the state directory.
 const NOISE_KEY: &str = "noise.key";
-/// Keys that a start makes, in the state directory.
-const KEYS: [&str; 2] = [NOISE_KEY, "relay.key"];
-/// OpenMetrics, as Prometheus asks for it.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The embedded relay's key, in the state directory.
+const RELAY_KEY: &str = "relay.key";
 
 /// A coordinator whose sockets are bound and whose state is read.
 #[derive(Debug)]
@@ -50,6 +48,7 @@ pub struct Service {
     certificate: Option<Arc<Certificate>>,
     router: Router,
     trusted_proxies: Vec<ipnet::IpNet>,
+    limits: HttpLimits,
     listeners: Vec<TcpListener>,
     stun: Vec<stun::Server>,
     metrics: Option<TcpListener>,
@@ -85,7 +84,7 @@ impl Service {
             .map(|tls| Certificate::load(&tls.cert_file.0, &tls.key_file.0))
             .transpose()?;
         warn_of_surprises(config, certificate.as_deref());
-        let state = StateDir::open(&config.state_dir.0)?;
+        let state = StateDir::open(&config.state_dir.0, "coordinator")?;
 
         let mut listeners = Vec::new();
         let addresses: Vec<_> = config.listen.iter().map(|address| address.0).collect();
@@ -107,12 +106,18 @@ impl Service {
         let derp_map = Arc::new(config.derp_map());
         let core = open_core(config, &state, init).await?;
         // After the database: a first start that is interrupted between the two is still one.
-        let noise_key = state.noise_key()?;
+        let noise_key = load_or_generate(
+            &state.path().join(NOISE_KEY),
+            MachinePrivateKey::generate,
+            MachinePrivateKey::to_text,
+        )?;
         let relay = match &embedded {
             Some(_) => {
                 let asked = core.clone();
                 let admission = AdmitIf(move |key: &lacis_wire::key::NodeKey| asked.may_relay(key));
-                let relay = Relay::new(state.relay_key()?, Arc::new(admission), Limits::default());
+                let path = state.path().join(RELAY_KEY);
+                let key = load_or_generate(&path, RelayPrivateKey::generate, RelayPrivateKey::to_text)?;
+                let relay = Relay::new(key, Arc::new(admission), Limits::default());
                 let told = relay.clone();
                 core.on_revoked(move |key| {
                     told.disconnect(key);
@@ -123,7 +128,7 @@ impl Service {
         };
         let admin = AdminSocket::bind(&config.admin_socket()).await?;
 
-        let noise = Noise::new(noise_key.clone(), inner::router(core.clone()), stop.clone());
+        let noise = Noise::new(noise_key.clone(), core.clone(), inner::router(core.clone()), stop.clone());
         let mut router = outer::router(core.clone(), noise.clone(), noise_key.public(), derp_map);
         if let Some(relay) = &relay {
             router = router.merge(relay.router());
@@ -144,6 +149,7 @@ impl Service {
             certificate,
             router,
             trusted_proxies: config.trusted_proxies.iter().map(|prefix| prefix.0).collect(),
+            limits: HttpLimits::default(),
             listeners,
             stun,
             metrics,
@@ -152,6 +158,12 @@ impl Service {
             stop,
             _state: state,
         })
+    }
+
+    /// With other limits for connections that are not upgraded.
+    pub fn http_limits(mut self, limits: HttpLimits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// The core, for programs that embed the service.
@@ -173,9 +185,11 @@ impl Service {
     pub async fn run(self) -> Result<(), Error> {
         let Self { core, noise, relay, stop, .. } = self;
         let tasks = TaskTracker::new();
-        let mut clients = Listeners::new(self.router, stop.clone());
-        clients.tls = self.certificate.as_ref().map(Certificate::server_config).transpose()?;
-        clients.trusted_proxies = self.trusted_proxies;
+        let tls = self.certificate.as_ref().map(Certificate::server_config).transpose()?;
+        let clients = Listeners::new(self.router, Arc::clone(core.log()), stop.clone())
+            .tls(tls)
+            .trusted_proxies(self.trusted_proxies)
+            .limits(self.limits);
         let clients = Arc::new(clients);
         for listener in self.listeners {
             tasks.spawn(Arc::clone(&clients).serve(listener));
@@ -187,11 +201,21 @@ impl Service {
             tasks.spawn(server.run(stop.clone()));
         }
         if let Some(listener) = self.metrics {
-            let registry = self.registry;
-            let router = Router::new().route("/metrics", get(move || metrics(Arc::clone(&registry))));
-            tasks.spawn(Arc::new(Listeners::new(router, stop.clone())).serve(listener));
+            let router = metrics::router(self.registry);
+            let metrics = Listeners::new(router, Arc::clone(core.log()), stop.clone());
+            tasks.spawn(Arc::new(metrics).serve(listener));
         }
-        tasks.spawn(self.admin.serve(admin::router(core.clone()), stop.clone()));
+        if let Some(relay) = relay.clone() {
+            let stopped = stop.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    () = relay.ask_again() => {}
+                    () = stopped.cancelled() => {}
+                }
+            });
+        }
+        let log = Arc::clone(core.log());
+        tasks.spawn(self.admin.serve(admin::router(core.clone()), log, stop.clone()));
 
         stop.cancelled().await;
         tasks.close();
@@ -213,6 +237,16 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// Binds a TCP listener that a key of the configuration names; `all` as for [`bind::tcp`].
+fn listen(
+    address: SocketAddr,
+    all: &[SocketAddr],
+    what: &'static str,
+    key: &'static str,
+) -> Result<TcpListener, Error> {
+    bind::tcp(address, all).map_err(|source| Error::Listen { address, what, key, source })
 }
 
 fn bind_stun(address: SocketAddr, all: &[SocketAddr]) -> Result<stun::Server, Error> {
@@ -255,17 +289,10 @@ fn warn_of_surprises(config: &Config, certificate: Option<&Certificate>) {
     }
 }
 
-async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str); 1], String) {
-    let mut text = String::new();
-    // Writing to a String cannot fail.
-    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
-    ([(CONTENT_TYPE, METRICS_TYPE)], text)
-}
-
 /// Opens the database and reads the networks' state. What looks like a loss is not begun again without `init`.
 async fn open_core(config: &Config, state: &StateDir, init: bool) -> Result<Core, Error> {
     let made = |name: &str| state.path().join(name).symlink_metadata().is_ok();
-    let missing = match KEYS.into_iter().find(|name| made(name)) {
+    let missing = match [NOISE_KEY, RELAY_KEY].into_iter().find(|name| made(name)) {
         Some(key) if !init => Missing::Refuse { key: state.path().join(key) },
         _ => Missing::Make,
     };

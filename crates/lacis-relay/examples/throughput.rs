@@ -21,7 +21,7 @@ use lacis_relay::client::{
     RelayNode, RelayRegion, SEND_QUEUE_BYTES,
 };
 use lacis_relay::server::{Everybody, Limits, Relay};
-use lacis_relay::tls::Certificate;
+use lacis_serve::tls::Certificate;
 use lacis_wire::derp::Frame;
 use lacis_wire::key::{NodePrivateKey, RelayPrivateKey};
 use tokio_util::sync::CancellationToken;

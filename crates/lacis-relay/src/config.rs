@@ -12,6 +12,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::Error;
@@ -27,6 +28,9 @@ pub struct Config {
     /// Certificate and key. Without it the relay speaks plain HTTP: for a proxy in front, or a lab.
     #[serde(default)]
     pub tls: Option<Tls>,
+    /// Proxies in front whose `X-Forwarded-For` is believed.
+    #[serde(default)]
+    pub trusted_proxies: Vec<IpNet>,
     /// The name in the DERP map; the certificate is checked to be for it.
     #[serde(default)]
     pub hostname: Option<String>,
@@ -135,11 +139,12 @@ mod tests {
     fn everything_can_be_said() {
         let config = Config::parse(
             "listen: 127.0.0.1:8443\ntls: { cert_file: /c, key_file: /k }\nhostname: r.example\nstun: []\n\
-             metrics: [\"127.0.0.1:9091\"]\nstate_dir: /tmp/x\nadmission: { verify_url: https://m.example/verify }\n",
+             trusted_proxies: [127.0.0.1/32, \"::1/128\"]\nmetrics: [\"127.0.0.1:9091\"]\nstate_dir: /tmp/x\nadmission: { verify_url: https://m.example/verify }\n",
         )
         .unwrap();
         assert_eq!(config.listen, ["127.0.0.1:8443".parse().unwrap()]);
         assert!(config.stun.is_empty());
+        assert_eq!(config.trusted_proxies.len(), 2);
         assert_eq!(config.admission, AdmissionConfig::VerifyUrl("https://m.example/verify".into()));
     }
 

@@ -14,38 +14,12 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A file or directory of the state could not be written.
-    #[error("cannot write {path}")]
-    Write {
-        /// Which file or directory.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
     /// The configuration is not what it should be.
     #[error("{path}: {message}")]
     Config {
         /// Which file.
         path: PathBuf,
         /// Where in it, and what was expected.
-        message: String,
-    },
-    /// The stored relay key is damaged.
-    #[error(
-        "{path} is not a relay key: {message}; restore it, or remove it to get a new key (clients need no change)"
-    )]
-    KeyFile {
-        /// Which file.
-        path: PathBuf,
-        /// What is wrong with it.
-        message: String,
-    },
-    /// A certificate or its key cannot be used.
-    #[error("cannot use the certificate {path}: {message}")]
-    Certificate {
-        /// Which file.
-        path: PathBuf,
-        /// What is wrong with it.
         message: String,
     },
     /// An address cannot be listened on.
@@ -58,9 +32,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The TLS library refused its settings.
-    #[error("TLS cannot be set up: {0}")]
-    Tls(#[from] rustls::Error),
+    /// The state directory, the key, the certificate or TLS.
+    #[error(transparent)]
+    Serve(#[from] lacis_serve::Error),
     /// A URL of the configuration is not one that this program can ask.
     #[error("{url} is not an http:// or https:// URL: {message}")]
     Url {

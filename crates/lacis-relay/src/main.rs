@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use lacis_relay::config::Config;
 use lacis_relay::serve::Service;
+use lacis_serve::log::DEFAULT_FILTER;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -40,7 +41,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let level = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let level =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_FILTER.into());
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(level).with_ansi(colours).with_writer(std::io::stderr).init();
     let result = match args.command {
@@ -103,12 +105,13 @@ fn serve(config: &Config) -> Result<(), Failure> {
 /// Whether the error stays until somebody changes a file.
 fn is_config(error: &lacis_relay::Error) -> bool {
     use lacis_relay::Error;
+    use lacis_serve::Error as Serve;
     matches!(
         error,
         Error::Config { .. }
-            | Error::Certificate { .. }
-            | Error::KeyFile { .. }
             | Error::Url { .. }
-            | Error::Tls(_)
+            | Error::Serve(
+                Serve::Certificate { .. } | Serve::KeyFile { .. } | Serve::Exposed { .. } | Serve::Tls(_)
+            )
     )
 }

@@ -1,37 +1,30 @@
 //! Running a relay: its listeners, its key, and the order of starting and stopping. What `lacis-relay serve`
 //! does; [`http`] is also for tests and other programs that serve [`crate::server::Relay::router`].
 
-use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
+use ipnet::IpNet;
+use lacis_serve::listener::{HttpLimits, Listeners};
+use lacis_serve::log::LogLimiter;
+use lacis_serve::tls::Certificate;
+use lacis_serve::{bind, keys, metrics};
 use lacis_wire::key::RelayPrivateKey;
 use prometheus_client::registry::Registry;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::Error;
 use crate::config::{AdmissionConfig, Config};
-use crate::readahead::ReadAhead;
-use crate::server::{Admission, Everybody, Limits, Relay, RemoteAddr, tune_socket};
+use crate::server::{Admission, Everybody, Limits, Relay};
 use crate::stun;
-use crate::tls::Certificate;
 use crate::verify::VerifyUrl;
-use crate::{Error, bind};
 
-/// For the TLS handshake and the head of a request.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// No client's request has a longer head.
-const MAX_HEAD: usize = 16 << 10;
-/// Pause after the system could not give a connection (out of descriptors).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long running requests and sessions may take to end at a stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Name of the key's file in the state directory.
@@ -46,6 +39,8 @@ pub struct Service {
     stun: Vec<stun::Server>,
     metrics: Vec<TcpListener>,
     registry: Arc<Registry>,
+    trusted_proxies: Vec<IpNet>,
+    limits: HttpLimits,
 }
 
 impl Service {
@@ -82,7 +77,15 @@ impl Service {
             certificate,
             stun,
             registry: Arc::new(registry),
+            trusted_proxies: config.trusted_proxies.clone(),
+            limits: HttpLimits::default(),
         })
+    }
+
+    /// With other limits for connections that are not upgraded.
+    pub fn http_limits(mut self, limits: HttpLimits) -> Self {
+        self.limits = limits;
+        self
     }
 
     /// Where clients may connect, for logs and tests.
@@ -105,19 +108,32 @@ impl Service {
         for server in self.stun {
             tasks.spawn(server.run(stop.clone()));
         }
+        let log = Arc::new(LogLimiter::default());
+        let metrics =
+            Arc::new(Listeners::new(metrics::router(self.registry), Arc::clone(&log), stop.clone()));
         for listener in self.metrics {
-            let registry = Arc::clone(&self.registry);
-            let router = Router::new().route("/metrics", get(move || metrics(Arc::clone(&registry))));
-            tasks.spawn(http(listener, None, router, stop.clone()));
+            tasks.spawn(Arc::clone(&metrics).serve(listener));
         }
         let router = self
             .relay
             .router()
             .route("/", get(|| async { "This is a DERP relay of a mesh network.\n" }))
             .route("/robots.txt", get(|| async { "User-agent: *\nDisallow: /\n" }));
+        let clients = Listeners::new(router, log, stop.clone())
+            .tls(tls)
+            .trusted_proxies(self.trusted_proxies)
+            .limits(self.limits);
+        let clients = Arc::new(clients);
         for listener in self.listeners {
-            tasks.spawn(http(listener, tls.clone(), router.clone(), stop.clone()));
+            tasks.spawn(Arc::clone(&clients).serve(listener));
         }
+        let (relay, stopped) = (self.relay.clone(), stop.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = relay.ask_again() => {}
+                () = stopped.cancelled() => {}
+            }
+        });
         stop.cancelled().await;
         tasks.close();
         let ended = tokio::time::timeout(STOP_TIMEOUT, async {
@@ -131,13 +147,6 @@ impl Service {
     }
 }
 
-async fn metrics(registry: Arc<Registry>) -> ([(http::HeaderName, &'static str); 1], String) {
-    let mut text = String::new();
-    // writing to a String cannot fail
-    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
-    ([(http::header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-}
-
 /// Reads the certificate named in the configuration and checks that it is for `hostname`.
 fn load_certificate(config: &Config) -> Result<Option<Arc<Certificate>>, Error> {
     let Some(tls) = &config.tls else { return Ok(None) };
@@ -146,118 +155,25 @@ fn load_certificate(config: &Config) -> Result<Option<Arc<Certificate>>, Error> 
         && !certificate.is_for(host)?
     {
         let message = format!("it is not for hostname {host}");
-        return Err(Error::Certificate { path: tls.cert_file.clone(), message });
+        return Err(lacis_serve::Error::Certificate { path: tls.cert_file.clone(), message }.into());
     }
     Ok(Some(certificate))
 }
 
-/// Reads the relay's key from the state directory, or makes one (directory 0700, file 0600).
+/// Reads the relay's key from the state directory, or makes one (directory 0700, file 0600). One that others may read
+/// is refused.
 pub fn load_key(state_dir: &Path) -> Result<RelayPrivateKey, Error> {
+    keys::make_directory(state_dir)?;
     let path = state_dir.join(KEY_FILE);
-    match std::fs::read_to_string(&path) {
-        Ok(text) => {
-            let text = zeroize::Zeroizing::new(text);
-            return text.trim().parse().map_err(|error: lacis_wire::key::KeyError| Error::KeyFile {
-                path,
-                message: error.to_string(),
-            });
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(source) => return Err(Error::Read { path, source }),
-    }
-    let cannot = |path: &Path, source| Error::Write { path: path.to_owned(), source };
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .map_err(|source| cannot(state_dir, source))?;
-    let key = RelayPrivateKey::generate();
-    // a new name first: a crash must not leave half a key
-    let temporary = state_dir.join(format!("{KEY_FILE}.new"));
-    let write = || -> io::Result<()> {
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        writeln!(file, "{}", *key.to_text())?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, &path)
-    };
-    write().map_err(|source| cannot(&path, source))?;
-    Ok(key)
+    Ok(keys::load_or_generate(&path, RelayPrivateKey::generate, RelayPrivateKey::to_text)?)
 }
 
-/// Serves a router on a listener, over TLS if given, HTTP/1.1 with upgrades, until `stop`; then lets running
-/// requests end. Every request carries [`RemoteAddr`].
+/// Serves a router on a listener, over TLS if given, until `stop`, with the default limits.
 pub async fn http(
     listener: TcpListener,
     tls: Option<Arc<rustls::ServerConfig>>,
     router: Router,
     stop: CancellationToken,
 ) {
-    let connections = TaskTracker::new();
-    loop {
-        let accepted = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
-            Ok((stream, remote)) => {
-                let serve = connection(stream, remote, tls.clone(), router.clone(), stop.clone());
-                connections.spawn(serve);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-    connections.close();
-    connections.wait().await;
-}
-
-async fn connection(
-    stream: TcpStream,
-    remote: SocketAddr,
-    tls: Option<Arc<rustls::ServerConfig>>,
-    router: Router,
-    stop: CancellationToken,
-) {
-    if let Err(error) = tune_socket(&stream) {
-        tracing::debug!(%remote, %error, "socket options");
-    }
-    let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
-    let Some(tls) = tls else { return requests(stream, remote, router, stop).await };
-    let handshake = tokio_rustls::TlsAcceptor::from(tls).accept(ReadAhead::new(stream));
-    match tokio::time::timeout(HEAD_TIMEOUT, handshake).await {
-        Ok(Ok(stream)) => requests(stream, remote, router, stop).await,
-        Ok(Err(error)) => tracing::debug!(%remote, %error, "no TLS"),
-        Err(_) => tracing::debug!(%remote, "no TLS in time"),
-    }
-}
-
-async fn requests<S>(stream: S, remote: SocketAddr, router: Router, stop: CancellationToken)
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
-{
-    let service = TowerToHyperService::new(router.layer(axum::Extension(RemoteAddr(remote))));
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%remote, error = &error as &dyn std::error::Error, "HTTP connection ended");
-    }
+    Arc::new(Listeners::new(router, Arc::default(), stop).tls(tls)).serve(listener).await;
 }

@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use lacis_serve::log::LogLimiter;
+use lacis_serve::places::{Capacity, SharedPlaces};
 use lacis_wire::derp;
 use lacis_wire::key::{NodeKey, RelayKey, RelayPrivateKey};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -33,10 +35,6 @@ use metrics::Metrics;
 use registry::Registry;
 pub use websocket::WebSocketStream;
 
-/// The address a connection came from, which the listener puts into the request's extensions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RemoteAddr(pub SocketAddr);
-
 /// The answer of an [`Admission`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -44,6 +42,8 @@ pub enum Verdict {
     Allow,
     /// May not.
     Deny,
+    /// There is no answer now. Nobody is let in by it, and nobody who is in is sent away.
+    Unknown,
 }
 
 impl From<bool> for Verdict {
@@ -52,7 +52,8 @@ impl From<bool> for Verdict {
     }
 }
 
-/// Says who may use the relay. Asked once for each login, after the client has proven to hold the key.
+/// Says who may use the relay. Asked for each login, after the client has proven to hold the key, and again while
+/// its connection lasts ([`Relay::ask_again`]).
 pub trait Admission: Send + Sync + 'static {
     /// Whether the holder of `key`, connecting from `source`, may use the relay.
     fn admit(&self, key: NodeKey, source: IpAddr) -> BoxFuture<'_, Verdict>;
@@ -99,7 +100,19 @@ pub struct Limits {
     pub keepalive: Duration,
     /// Drawn once per connection and added to `keepalive`.
     pub keepalive_jitter: Duration,
+    /// Connections that are upgraded and not logged in, in all and by address. The oldest of whoever has most gives
+    /// way.
+    pub logins: Capacity,
+    /// Clients, in all and by address, in the same way.
+    pub clients: Capacity,
+    /// Connections of one node key; the oldest gives way.
+    pub connections_each: usize,
+    /// How often the admission is asked again about each client.
+    pub ask_again: Duration,
 }
+
+/// Half of the descriptors that the programs' units allow.
+const MAX_CLIENTS: usize = 32 << 10;
 
 impl Default for Limits {
     fn default() -> Self {
@@ -110,6 +123,10 @@ impl Default for Limits {
             write_timeout: Duration::from_secs(2),
             keepalive: derp::KEEPALIVE,
             keepalive_jitter: derp::KEEPALIVE_JITTER,
+            logins: Capacity { total: 1024, each: 128 },
+            clients: Capacity { total: MAX_CLIENTS, each: MAX_CLIENTS },
+            connections_each: 8,
+            ask_again: Duration::from_mins(3),
         }
     }
 }
@@ -126,7 +143,10 @@ struct Inner {
     admission: Arc<dyn Admission>,
     limits: Limits,
     registry: Registry,
+    logins: SharedPlaces<IpAddr>,
+    clients: SharedPlaces<IpAddr>,
     metrics: Metrics,
+    log: LogLimiter,
     buffers: BufferPool,
     next_id: AtomicU64,
     sessions: TaskTracker,
@@ -147,9 +167,12 @@ impl Relay {
                 public: key.public(),
                 key,
                 admission,
+                logins: SharedPlaces::new(limits.logins),
+                clients: SharedPlaces::new(limits.clients),
                 limits,
                 registry: Registry::default(),
                 metrics: Metrics::default(),
+                log: LogLimiter::default(),
                 buffers: BufferPool::new(session::READ_BUFFER),
                 next_id: AtomicU64::new(1),
                 sessions: TaskTracker::new(),
@@ -163,7 +186,8 @@ impl Relay {
         self.inner.public
     }
 
-    /// `/derp`, `/derp/probe`, `/derp/latency-check` and `/generate_204`. The listener adds [`RemoteAddr`] to the
+    /// `/derp`, `/derp/probe`, `/derp/latency-check` and `/generate_204`. The listener adds
+    /// [`RemoteAddr`](lacis_serve::listener::RemoteAddr) to the
     /// extensions of each request, speaks HTTP/1.1 only on these paths, and serves with upgrades enabled.
     pub fn router(&self) -> axum::Router {
         http::router(self.clone())
@@ -199,6 +223,24 @@ impl Relay {
         self.inner.registry.close(key)
     }
 
+    /// Asks the admission again about each client, every [`Limits::ask_again`] or a little later, and disconnects whom
+    /// it refuses, until dropped. One question at a time, spread over the interval: logins must not wait behind them.
+    pub async fn ask_again(&self) {
+        let inner = &self.inner;
+        loop {
+            let clients = inner.registry.clients();
+            let pause = inner.limits.ask_again / u32::try_from(clients.len() + 1).unwrap_or(u32::MAX);
+            for (key, source) in clients {
+                tokio::time::sleep(pause).await;
+                if inner.admission.admit(key, source).await == Verdict::Deny && self.disconnect(&key) > 0 {
+                    inner.metrics.refused_later.inc();
+                    tracing::info!(peer = %key, "a client may not use this relay any more: disconnected");
+                }
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
     /// Whether a node key is connected now.
     pub fn is_connected(&self, key: &NodeKey) -> bool {
         self.inner.registry.find(key).is_some()
@@ -224,19 +266,3 @@ impl Relay {
 
 /// The address used when a listener told none.
 const UNKNOWN_REMOTE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
-
-/// Sets what a relay wants of an accepted TCP connection: no delay for small packets, and an end within 15 s when
-/// the far side stops acknowledging (a reader that is gone holds a queue until then).
-pub fn tune_socket(stream: &tokio::net::TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
-    #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT))?;
-    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE))
-}
-
-/// As the stock relay has it.
-#[cfg(target_os = "linux")]
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
-/// As the stock relay has it; the protocol's own keep-alive finds dead peers sooner.
-const TCP_KEEPALIVE: Duration = Duration::from_mins(10);

@@ -15,7 +15,9 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, bind};
+use lacis_serve::bind;
+
+use crate::Error;
 use pktinfo::PacketInfo;
 
 /// Longer datagrams are no requests.
@@ -38,7 +40,7 @@ struct Metrics {
 }
 
 impl Server {
-    /// Binds the socket. `[::]:3478` serves both families, or the one that the host has; `all` as for [`bind::tcp`].
+    /// Binds the socket. `[::]:3478` serves both families, or the one that the host has; `all` as for [`lacis_serve::bind::tcp`].
     pub fn bind(address: SocketAddr, all: &[SocketAddr]) -> Result<Self, Error> {
         let socket = bind::udp(address, all, pktinfo::enable)
             .and_then(|socket| UdpSocket::from_std(socket.into()))

@@ -43,6 +43,13 @@ impl Drop for Running {
     }
 }
 
+/// The soft limit of open files may be 1024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).unwrap();
+}
+
 /// Starts the program and reads from its log where it listens.
 fn serve(config: &Path) -> Running {
     let mut child = program("serve", config).stderr(Stdio::piped()).spawn().unwrap();
@@ -104,6 +111,26 @@ fn it_serves_derp_and_stun_keeps_its_key_private_and_ends_cleanly_when_told() {
 }
 
 #[test]
+fn silent_connections_of_one_address_leave_a_place_for_another() {
+    raise_descriptor_limit();
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let text = format!("listen: 127.0.0.1:0\nstun: []\nstate_dir: {}\nadmission: open\n", state.display());
+    let running = serve(&write(directory.path(), &text));
+    let silent: Vec<_> = (0..4096).map(|_| TcpStream::connect(running.listen).unwrap()).collect();
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+    socket.connect(&running.listen.into()).unwrap();
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(b"GET /derp/probe HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    drop(silent);
+}
+
+#[test]
 fn a_bad_configuration_is_one_clear_line_and_exit_78() {
     let directory = tempfile::tempdir().unwrap();
     for (text, want) in [
@@ -135,13 +162,24 @@ fn a_port_in_use_a_damaged_key_and_an_unusable_state_directory_are_named() {
     };
     let config = write(directory.path(), &text(taken.local_addr().unwrap(), &state));
     let output = program("serve", &config).output().unwrap();
-    assert!(one_line(&output).contains("another program has that port"));
+    // Before it, that a key was made.
+    let text = String::from_utf8_lossy(&output.stderr);
+    let last = text.lines().last().unwrap();
+    assert!(last.contains("another program has that port"), "{text}");
     assert_eq!(output.status.code(), Some(1));
 
-    std::fs::write(state.join("relay.key"), "privkey:123").unwrap();
+    let key = state.join("relay.key");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
     let output = program("serve", &config).output().unwrap();
     let line = one_line(&output);
-    assert!(line.contains("is not a relay key") && !line.contains("123"), "{line}");
+    assert!(line.contains(&format!("chmod 600 {}", key.display())), "{line}");
+    assert_eq!(output.status.code(), Some(78));
+
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::write(&key, "privkey:123").unwrap();
+    let output = program("serve", &config).output().unwrap();
+    let line = one_line(&output);
+    assert!(line.contains("does not hold a private key") && !line.contains("123"), "{line}");
     assert_eq!(output.status.code(), Some(78));
 
     let file = directory.path().join("file");

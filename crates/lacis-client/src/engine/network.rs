@@ -27,7 +27,9 @@ impl Engine {
         let changes = match self.session.apply(frame, OffsetDateTime::now_utc()) {
             Ok(changes) => changes,
             Err(error) => {
-                tracing::warn!(%error, "a frame of the map stream is ignored");
+                if let Some(suppressed) = self.log.allow("map frame ignored", ()) {
+                    tracing::warn!(%error, suppressed, "a frame of the map stream is ignored");
+                }
                 return;
             }
         };

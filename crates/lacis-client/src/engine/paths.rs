@@ -138,7 +138,9 @@ impl Engine {
     pub(super) fn relay_event(&mut self, region: u16, event: RelayEvent) {
         match event {
             RelayEvent::Connected { node, remote, took, .. } => {
-                tracing::info!(region, %node, %remote, ?took, "relay connected");
+                if let Some(suppressed) = self.log.allow("relay connected", region) {
+                    tracing::info!(region, %node, %remote, ?took, suppressed, "relay connected");
+                }
                 self.relay_trouble.remove(&region);
                 if region == self.relays.home() {
                     self.path_input(Input::RelayConnected);
@@ -146,8 +148,10 @@ impl Engine {
             }
             RelayEvent::Disconnected { reason, retry_in } => {
                 let text = format!("relay {}: {reason}", self.region_code(region));
-                if self.relay_trouble.insert(region, text).is_none() {
-                    tracing::warn!(region, %reason, ?retry_in, "relay disconnected");
+                if self.relay_trouble.insert(region, text).is_none()
+                    && let Some(suppressed) = self.log.allow("relay disconnected", region)
+                {
+                    tracing::warn!(region, %reason, ?retry_in, suppressed, "relay disconnected");
                 }
             }
             RelayEvent::PeerGone { peer, .. } => self.relays.forget(region, &peer),

@@ -17,7 +17,7 @@ use tokio_rustls::TlsConnector;
 
 use super::region::{CertCheck, Family, RelayNode, RelayRegion};
 use super::verifier;
-use crate::readahead::ReadAhead;
+use lacis_serve::readahead::ReadAhead;
 
 /// For DNS, TCP, TLS and the upgrade of one region, as the stock client has it.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);

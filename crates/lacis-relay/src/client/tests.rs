@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::server::{AdmitIf, Everybody, Limits, Relay};
-use crate::tls::Certificate;
+use lacis_serve::tls::Certificate;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -8,10 +8,11 @@ use axum::routing::{any, get};
 use http::header::{ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONNECTION, SEC_WEBSOCKET_PROTOCOL, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use hyper_util::rt::TokioIo;
+use lacis_serve::listener::RemoteAddr;
 use lacis_wire::derp::{self, PROTOCOL_VERSION};
 
 use super::websocket::WebSocketStream;
-use super::{Relay, RemoteAddr, UNKNOWN_REMOTE};
+use super::{Relay, UNKNOWN_REMOTE};
 
 const DERP_VERSION: HeaderName = HeaderName::from_static("derp-version");
 const DERP_PUBLIC_KEY: HeaderName = HeaderName::from_static("derp-public-key");
@@ -21,6 +22,8 @@ const CHALLENGE_RESPONSE: HeaderName = HeaderName::from_static("x-tailscale-resp
 const MAX_CHALLENGE: usize = 64;
 /// Of one WebSocket message: the longest frame of the protocol, so that nobody makes the relay hold more.
 const MAX_MESSAGE: usize = derp::MAX_FRAME;
+/// Of one WebSocket, allocated as long as it is open.
+const READ_BUFFER: usize = 16 << 10;
 
 pub(super) fn router(relay: Relay) -> Router {
     Router::new()
@@ -82,7 +85,10 @@ async fn websocket(relay: Relay, request: Request, remote: std::net::SocketAddr)
     let (mut parts, _) = request.into_parts();
     match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
         Ok(upgrade) => {
-            let upgrade = upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
+            let upgrade = upgrade
+                .max_message_size(MAX_MESSAGE)
+                .max_frame_size(MAX_MESSAGE)
+                .read_buffer_size(READ_BUFFER);
             upgrade.protocols(["derp"]).on_upgrade(move |socket| {
                 relay.inner.metrics.websocket_accepts.inc();
                 let sessions = relay.inner.sessions.clone();

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use bytes::BytesMut;
+use lacis_serve::places::prefix;
 use lacis_wire::derp::{self, ClientInfo, Decoder, Frame, LoginBox, Role, ServerInfo};
 use lacis_wire::key::NodeKey;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -12,6 +13,8 @@ use super::{Inner, Verdict};
 
 /// A `ClientInfo` of every known client fits at once.
 const FIRST_READ: usize = 1024;
+/// Stock relays take more; what clients send is a few hundred bytes.
+const MAX_LOGIN: usize = 16 << 10;
 
 /// Who logged in, and what has been read beyond the login.
 pub(super) struct LoggedIn {
@@ -35,14 +38,19 @@ pub(super) enum LoginError {
     Late,
     #[error("{0} may not use this relay")]
     Denied(NodeKey),
+    #[error("the login is longer than {MAX_LOGIN} bytes")]
+    TooLong,
+    #[error("too many connections wait for their login")]
+    Crowded,
 }
 
 impl LoginError {
     pub(super) fn refusal(&self) -> Refusal {
         match self {
-            Self::Protocol(_) => Refusal::Protocol,
+            Self::Protocol(_) | Self::TooLong => Refusal::Protocol,
             Self::Io(_) | Self::Left | Self::Late => Refusal::Incomplete,
             Self::Denied(_) => Refusal::Denied,
+            Self::Crowded => Refusal::Crowded,
         }
     }
 }
@@ -53,9 +61,13 @@ pub(super) async fn login<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     remote: SocketAddr,
 ) -> Result<LoggedIn, LoginError> {
-    tokio::time::timeout(relay.limits.login_timeout, exchange(relay, stream, remote))
-        .await
-        .unwrap_or(Err(LoginError::Late))
+    let place = relay.logins.enter(prefix(remote.ip()));
+    let exchange = tokio::time::timeout(relay.limits.login_timeout, exchange(relay, stream, remote));
+    tokio::select! {
+        biased;
+        () = place.evicted() => Err(LoginError::Crowded),
+        done = exchange => done.unwrap_or(Err(LoginError::Late)),
+    }
 }
 
 async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
@@ -74,6 +86,9 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
             Some(_) => return Err(derp::Error::Box.into()),
             None => {}
         }
+        if rest.len() > MAX_LOGIN {
+            return Err(LoginError::TooLong);
+        }
         rest.reserve(FIRST_READ);
         if stream.read_buf(&mut rest).await? == 0 {
             return Err(LoginError::Left);
@@ -86,7 +101,7 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     let info = ClientInfo::open(&login, &sealed)?;
     match relay.admission.admit(key, remote.ip().to_canonical()).await {
         Verdict::Allow => {}
-        Verdict::Deny => return Err(LoginError::Denied(key)),
+        Verdict::Deny | Verdict::Unknown => return Err(LoginError::Denied(key)),
     }
     let sealed = ServerInfo::default().seal(&login, derp::random_nonce());
     Ok(LoggedIn { key, info, server_info: Frame::ServerInfo(sealed).to_bytes().into(), rest })

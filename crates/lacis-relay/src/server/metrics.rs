@@ -35,6 +35,8 @@ pub(super) enum Refusal {
     Protocol,
     /// Took too long, or left.
     Incomplete,
+    /// Gave way to a newer connection.
+    Crowded,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -54,6 +56,7 @@ pub(super) struct Metrics {
     pub(super) websocket_accepts: Counter,
     pub(super) logins: Counter,
     refused: Family<RefusalLabels, Counter>,
+    pub(super) refused_later: Counter,
     pub(super) connections: Gauge,
     pub(super) home_connections: Gauge,
     pub(super) duplicate_connections: Gauge,
@@ -97,6 +100,11 @@ impl Metrics {
         r.register("websocket_accepts", "Of these, by WebSocket", self.websocket_accepts.clone());
         r.register("logins", "Clients admitted", self.logins.clone());
         r.register("logins_refused", "Connections that ended before they were clients", self.refused.clone());
+        r.register(
+            "refused_later",
+            "Clients disconnected because the admission refused them when it was asked again",
+            self.refused_later.clone(),
+        );
         r.register("connections", "Clients connected now", self.connections.clone());
         r.register("home_connections", "Of these, at home here", self.home_connections.clone());
         r.register(

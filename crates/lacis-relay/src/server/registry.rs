@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -16,11 +17,15 @@ use super::outbox::Outbox;
 /// Enough that two cores seldom meet.
 const SHARDS: usize = 16;
 
+/// Peers remembered of a key's departed connections.
+const MAX_TOLD: usize = 16 << 10;
+
 /// One logged-in connection, as others see it.
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) id: u64,
     pub(super) key: NodeKey,
+    pub(super) source: IpAddr,
     pub(super) outbox: Outbox,
     /// Whether packets for the key go to this connection.
     active: AtomicBool,
@@ -29,8 +34,8 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(id: u64, key: NodeKey, outbox: Outbox, narrow: bool) -> Self {
-        Self { id, key, outbox, active: AtomicBool::new(false), narrow }
+    pub(super) fn new(id: u64, key: NodeKey, source: IpAddr, outbox: Outbox, narrow: bool) -> Self {
+        Self { id, key, source, outbox, active: AtomicBool::new(false), narrow }
     }
 
     #[inline]
@@ -83,11 +88,21 @@ impl Registry {
         &self.shards[self.hasher.hash_one(key) as usize % SHARDS]
     }
 
-    /// Adds a connection and makes it active; returns how many the key has now.
-    pub(super) fn insert(&self, client: &Arc<Client>) -> usize {
+    /// Adds a connection and makes it active; the oldest beyond `most` is asked to end. Returns how many the key has now.
+    pub(super) fn insert(&self, client: &Arc<Client>, most: usize) -> usize {
         let mut shard = self.shard(&client.key).write().unwrap_or_else(PoisonError::into_inner);
         let entry = shard.entry(client.key).or_default();
         entry.connections.push(Arc::clone(client));
+        let open = entry.connections.iter().filter(|other| !other.outbox.is_closed()).count();
+        if open > most
+            && let Some(oldest) = entry
+                .connections
+                .iter()
+                .filter(|other| !other.outbox.is_closed())
+                .min_by_key(|other| other.id)
+        {
+            oldest.outbox.close();
+        }
         entry.activate_last();
         entry.connections.len()
     }
@@ -98,6 +113,10 @@ impl Registry {
         client.active.store(false, Ordering::Release);
         let Some(entry) = shard.get_mut(&client.key) else { return Departure::Last(told) };
         entry.connections.retain(|other| other.id != client.id);
+        // The notices that follow from it are hints, and whoever connects again and again must not make it grow.
+        if entry.told.len() + told.len() > MAX_TOLD {
+            entry.told.clear();
+        }
         entry.told.extend(told);
         if entry.connections.is_empty() {
             return Departure::Last(shard.remove(&client.key).map(|entry| entry.told).unwrap_or_default());
@@ -123,6 +142,17 @@ impl Registry {
         }
     }
 
+    /// All connected keys, each with an address that it is connected from.
+    pub(super) fn clients(&self) -> Vec<(NodeKey, IpAddr)> {
+        let shards = self.shards.iter().map(|shard| shard.read().unwrap_or_else(PoisonError::into_inner));
+        shards
+            .flat_map(|shard| {
+                let active = shard.values().filter_map(|entry| entry.connections.last());
+                active.map(|client| (client.key, client.source)).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
     /// Asks all connections of a key to end; returns how many there are.
     pub(super) fn close(&self, key: &NodeKey) -> usize {
         let shard = self.shard(key).read().unwrap_or_else(PoisonError::into_inner);
@@ -139,8 +169,10 @@ impl Registry {
 mod tests {
     use super::*;
 
+    const SOURCE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
     fn client(id: u64, key: u8) -> Arc<Client> {
-        Arc::new(Client::new(id, NodeKey::from_bytes([key; 32]), Outbox::new(1000, 3), false))
+        Arc::new(Client::new(id, NodeKey::from_bytes([key; 32]), SOURCE, Outbox::new(1000, 3), false))
     }
 
     fn told(keys: &[u8]) -> HashSet<NodeKey> {
@@ -151,8 +183,8 @@ mod tests {
     fn the_newest_connection_is_active_until_another_writes() {
         let registry = Registry::default();
         let (a, b) = (client(1, 9), client(2, 9));
-        assert_eq!(registry.insert(&a), 1);
-        assert_eq!(registry.insert(&b), 2);
+        assert_eq!(registry.insert(&a, 8), 1);
+        assert_eq!(registry.insert(&b, 8), 2);
         assert!(b.is_active() && !a.is_active());
         registry.activate(&a);
         assert!(a.is_active() && !b.is_active());
@@ -163,8 +195,8 @@ mod tests {
     fn when_the_active_one_leaves_another_takes_over_and_nobody_is_told() {
         let registry = Registry::default();
         let (a, b) = (client(1, 9), client(2, 9));
-        registry.insert(&a);
-        registry.insert(&b);
+        registry.insert(&a, 8);
+        registry.insert(&b, 8);
         assert_eq!(registry.remove(&b, told(&[5])), Departure::OthersRemain(1));
         assert!(a.is_active());
         assert_eq!(registry.remove(&a, told(&[6])), Departure::Last(told(&[5, 6])));
@@ -172,11 +204,23 @@ mod tests {
     }
 
     #[test]
+    fn of_too_many_connections_of_a_key_the_oldest_is_closed() {
+        let registry = Registry::default();
+        let connections: Vec<_> = (1..=4).map(|id| client(id, 9)).collect();
+        for connection in &connections {
+            registry.insert(connection, 2);
+        }
+        let closed: Vec<_> = connections.iter().map(|connection| connection.outbox.is_closed()).collect();
+        assert_eq!(closed, [true, true, false, false]);
+        assert_eq!(registry.clients(), [(connections[0].key, SOURCE)]);
+    }
+
+    #[test]
     fn closing_a_key_reaches_all_its_connections_and_no_others() {
         let registry = Registry::default();
         let (a, b, other) = (client(1, 9), client(2, 9), client(3, 8));
         for c in [&a, &b, &other] {
-            registry.insert(c);
+            registry.insert(c, 8);
         }
         assert_eq!(registry.close(&a.key), 2);
         assert!(a.outbox.is_closed() && b.outbox.is_closed() && !other.outbox.is_closed());

@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use lacis_serve::places::prefix;
 use lacis_wire::derp::{self, FrameType, HEADER_LEN, Header, KEY_LEN, PEER_GONE_LEN, PeerGoneReason};
 use lacis_wire::disco;
 use lacis_wire::key::NodeKey;
@@ -57,6 +58,8 @@ enum End {
     Stuck,
     #[error("disconnected by the relay")]
     Disconnected,
+    #[error("too many clients")]
+    Crowded,
 }
 
 /// Serves one upgraded connection until it ends.
@@ -70,14 +73,18 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
         Ok(logged_in) => logged_in,
         Err(error) => {
             relay.metrics.refused(error.refusal());
-            tracing::info!(error = &error as &dyn std::error::Error, "no login");
+            if let Some(suppressed) = relay.log.allow("no login", prefix(remote.ip())) {
+                tracing::info!(error = &error as &dyn std::error::Error, suppressed, "no login");
+            }
             return;
         }
     };
     tracing::Span::current().record("peer", tracing::field::display(&key));
     let outbox = Outbox::new(relay.limits.data_queue_bytes, relay.limits.disco_queue_frames);
-    let client = Arc::new(Client::new(id, key, outbox, !info.can_ack_pings));
-    let present = relay.registry.insert(&client);
+    let source = remote.ip().to_canonical();
+    let client = Arc::new(Client::new(id, key, source, outbox, !info.can_ack_pings));
+    let place = relay.clients.enter(prefix(source));
+    let present = relay.registry.insert(&client, relay.limits.connections_each);
     relay.metrics.logins.inc();
     relay.metrics.connections.inc();
     if present > 1 {
@@ -88,7 +95,11 @@ pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(
     let mut guard = Guard { relay, client, told: HashSet::new(), home: false };
     let mut session = Session::new(stream, &guard, server_info);
     let end = match session.route_login_rest(&mut guard, rest.into()) {
-        Ok(()) => poll_fn(|cx| session.poll(&mut guard, cx)).await,
+        Ok(()) => tokio::select! {
+            biased;
+            end = poll_fn(|cx| session.poll(&mut guard, cx)) => end,
+            () = place.evicted() => End::Crowded,
+        },
         Err(end) => end,
     };
     if matches!(end, End::Stuck) {

@@ -421,6 +421,88 @@ async fn a_deleted_nodes_connections_are_closed() {
     eventually("the key is gone", || !relay.is_connected(&key.public())).await;
 }
 
+/// Answers as told, key by key.
+#[derive(Clone, Default)]
+struct Answers(Arc<std::sync::Mutex<std::collections::HashMap<NodeKey, Verdict>>>);
+
+impl Answers {
+    fn set(&self, key: NodeKey, verdict: Verdict) {
+        self.0.lock().unwrap().insert(key, verdict);
+    }
+}
+
+impl Admission for Answers {
+    fn admit(&self, key: NodeKey, _: IpAddr) -> BoxFuture<'_, Verdict> {
+        let verdict = self.0.lock().unwrap().get(&key).copied().unwrap_or(Verdict::Allow);
+        Box::pin(std::future::ready(verdict))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_refused_when_asked_again_is_disconnected_and_who_gets_no_answer_stays() {
+    let answers = Answers::default();
+    let relay = relay_with(answers.clone(), Limits::default());
+    let (mut deleted, mut kept) = (Peer::login(&relay).await, Peer::login(&relay).await);
+    let asking = relay.clone();
+    tokio::spawn(async move { asking.ask_again().await });
+    answers.set(deleted.public(), Verdict::Deny);
+    answers.set(kept.public(), Verdict::Unknown);
+    let asked = tokio::time::Instant::now();
+    deleted.stream.read_to_end(&mut Vec::new()).await.unwrap();
+    assert!(asked.elapsed() <= relay.inner.limits.ask_again * 2, "{:?}", asked.elapsed());
+    tokio::time::sleep(relay.inner.limits.ask_again * 2).await;
+    kept.settle().await;
+    assert!(relay.is_connected(&kept.public()));
+    assert_eq!(relay.inner.metrics.refused_later.get(), 1);
+    answers.set(deleted.public(), Verdict::Unknown);
+    let mut unknown = Peer::connect(&relay, deleted.key.clone(), 1 << 16);
+    unknown.hello(&ClientInfo::default()).await;
+    assert_eq!(unknown.next().await, None, "no answer lets nobody in");
+}
+
+#[tokio::test]
+async fn connections_without_a_login_are_bounded_by_address_and_clients_are_not_among_them() {
+    let logins = Capacity { total: 8, each: 2 };
+    let relay = relay_with(Everybody, Limits { logins, ..Limits::default() });
+    let mut client = Peer::login(&relay).await;
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        let mut peer = Peer::connect(&relay, NodePrivateKey::generate(), 1 << 16);
+        assert!(matches!(peer.next().await, Some(Frame::ServerKey(_))));
+        silent.push(peer);
+    }
+    assert_eq!(silent[0].next().await, None, "the oldest gives way");
+    assert_eq!(relay.inner.logins.len(), 2);
+    assert_eq!(relay.inner.metrics.refused_count(Refusal::Crowded), 1);
+    let mut late = Peer::login(&relay).await;
+    late.send(&client.public(), &b"hello"[..]).await;
+    assert_eq!(client.next().await, packet(late.public(), b"hello"));
+}
+
+#[tokio::test]
+async fn clients_are_bounded_too_and_give_their_places_back() {
+    let clients = Capacity { total: 2, each: 2 };
+    let relay = relay_with(Everybody, Limits { clients, ..Limits::default() });
+    let mut first = Peer::login(&relay).await;
+    let second = Peer::login(&relay).await;
+    let third = Peer::login(&relay).await;
+    assert_eq!(first.next().await, None, "the oldest gives way");
+    drop((second, third));
+    eventually("all places are free", || relay.inner.clients.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_login_without_an_end_is_not_kept() {
+    let relay = relay();
+    let mut peer = Peer::connect(&relay, NodePrivateKey::generate(), 1 << 16);
+    assert!(matches!(peer.next().await, Some(Frame::ServerKey(_))));
+    // A ClientInfo of the greatest length that the protocol has.
+    peer.stream.write_all(&[2, 0, 4, 0, 0]).await.unwrap();
+    let sent = async { while peer.stream.write_all(&[0; 1024]).await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, sent).await.unwrap();
+    assert_eq!(relay.inner.metrics.refused_count(Refusal::Protocol), 1);
+}
+
 mod over_http {
     //! The upgrade, over loopback TCP.
 
@@ -441,7 +523,11 @@ mod over_http {
     }
 
     async fn listening() -> Listening {
-        let relay = relay();
+        listening_with(Limits::default()).await
+    }
+
+    async fn listening_with(limits: Limits) -> Listening {
+        let relay = relay_with(Everybody, limits);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
@@ -538,6 +624,27 @@ mod over_http {
         for bad in ["a b", "<x>", &"a".repeat(65)] {
             let (_, head, _) = ask(listening.address, &request(bad)).await;
             assert!(head.starts_with("http/1.1 204") && !head.contains("x-tailscale-response"), "{head}");
+        }
+    }
+
+    #[tokio::test]
+    async fn upgraded_connections_without_a_login_are_counted_however_they_were_upgraded() {
+        let listening =
+            listening_with(Limits { logins: Capacity { total: 8, each: 1 }, ..Limits::default() }).await;
+        let websocket = "GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Sec-WebSocket-Protocol: derp\r\n\r\n";
+        let plain = "GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n";
+        let mut before: Option<TcpStream> = None;
+        for request in [websocket, plain, websocket] {
+            let (stream, head, _) = ask(listening.address, request).await;
+            assert!(head.starts_with("http/1.1 101"), "{head}");
+            if let Some(mut before) = before.replace(stream) {
+                let mut rest = Vec::new();
+                let ended = tokio::time::timeout(PATIENCE, before.read_to_end(&mut rest)).await;
+                assert!(ended.is_ok(), "the one before gives way");
+            }
+            eventually("the place is taken", || listening.relay.inner.logins.len() == 1).await;
         }
     }
 

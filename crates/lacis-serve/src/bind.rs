@@ -1,4 +1,4 @@
-//! Sockets that servers listen on, of the relay and of the coordinator: `[::]` means both families wherever that is
+//! Sockets that servers listen on: `[::]` means both families wherever that is
 //! possible, and IPv4 alone on hosts that lack IPv6, so that one default serves all hosts.
 
 use std::io;
@@ -22,7 +22,7 @@ pub fn tcp(address: SocketAddr, all: &[SocketAddr]) -> io::Result<TcpListener> {
 }
 
 /// Binds a UDP socket, as [`tcp`]; `prepare` is told the family and sets options first.
-pub(crate) fn udp(
+pub fn udp(
     address: SocketAddr,
     all: &[SocketAddr],
     prepare: impl Fn(&Socket, bool) -> io::Result<()>,

@@ -5,14 +5,18 @@ use std::net::{IpAddr, SocketAddr};
 use http::HeaderMap;
 use ipnet::IpNet;
 
+/// Whether an address is a proxy's whose word is taken.
+pub fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
+    trusted.iter().any(|net| net.contains(&address))
+}
+
 /// The address of the client: the connection's own, or what trusted proxies say of it.
 ///
 /// `X-Forwarded-For` is read from its end, where the nearest proxy wrote: the first address there that
 /// is no trusted proxy is the client. What stands before it is the client's own claim.
-pub(crate) fn client_address(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> SocketAddr {
-    let is_trusted = |ip: IpAddr| trusted.iter().any(|net| net.contains(&ip));
+pub fn client_address(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> SocketAddr {
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    if !is_trusted(peer.ip()) {
+    if !is_trusted(peer.ip(), trusted) {
         return peer;
     }
     let mut client = peer;
@@ -21,7 +25,7 @@ pub(crate) fn client_address(peer: SocketAddr, headers: &HeaderMap, trusted: &[I
         for item in text.rsplit(',') {
             let Some(ip) = address(item.trim()) else { return client };
             client = SocketAddr::new(ip, 0);
-            if !is_trusted(ip) {
+            if !is_trusted(ip, trusted) {
                 return client;
             }
         }

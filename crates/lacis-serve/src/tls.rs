@@ -3,6 +3,7 @@
 //! HTTP/1.1 only, as `/derp` cannot be upgraded over HTTP/2. A new certificate that cannot be used is reported and the
 //! old one kept.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,6 +20,9 @@ use crate::Error;
 
 /// How often the files are looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
+
+/// The permission bit.
+const READ_BY_OTHERS: u32 = 0o004;
 
 /// A certificate that follows its files.
 #[derive(Debug)]
@@ -101,8 +105,13 @@ impl Certificate {
 }
 
 fn read(cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, Error> {
+    // No error: who issues certificates often gives the key to a group, and tests to everybody.
+    if std::fs::metadata(key_file).is_ok_and(|file| file.permissions().mode() & READ_BY_OTHERS != 0) {
+        let path = key_file.display();
+        tracing::warn!("the certificate's key {path} may be read by everybody: `chmod o-r {path}`");
+    }
     let read =
-        |path: &Path| std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source });
+        |path: &Path| std::fs::read(path).map_err(|error| Error::Read { path: path.to_owned(), error });
     let bad = |path: &Path, message: String| Error::Certificate { path: path.to_owned(), message };
     let chain = CertificateDer::pem_slice_iter(&read(cert_file)?)
         .collect::<Result<Vec<_>, _>>()
