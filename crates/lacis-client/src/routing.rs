@@ -273,7 +273,7 @@ mod tests {
         let greedy = nets(&["100.64.0.7/32", "0.0.0.0/1", "192.0.2.0/24"]);
         let peer = Node { addresses: greedy.clone(), allowed_ips: Some(greedy), ..router() };
         let own = Node { addresses: nets(&["100.64.0.1/32", "198.51.100.0/24"]), ..Node::default() };
-        let frame = MapResponse { node: Some(own), peers: vec![peer], ..MapResponse::default() };
+        let frame = MapResponse { node: Some(own), peers: vec![peer].into(), ..MapResponse::default() };
         let mut session = Session::default();
         session.apply(frame, OffsetDateTime::UNIX_EPOCH).unwrap();
         let map = session.map().unwrap();

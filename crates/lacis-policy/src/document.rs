@@ -288,6 +288,11 @@ fn yaml(text: &str) -> Result<Item, Invalid> {
             return Err(whole(Lines::of(text).position(at), "the text nests too deep"));
         }
     }
+    // The reader counts these in bytes from the beginning, not in lines.
+    if let Some((at, c)) = text.char_indices().find(|(_, c)| !is_printable(*c)) {
+        let message = format!("the control character U+{:04X} is not allowed", u32::from(c));
+        return Err(whole(Lines::of(text).position(at), message));
+    }
     // The first reading bounds nesting and repetition, the second keeps places.
     for document in serde_yaml::Deserializer::from_str(text) {
         if let Err(error) = Bounded::deserialize(document) {
@@ -305,6 +310,15 @@ fn yaml(text: &str) -> Result<Item, Invalid> {
         [] => Err(whole(START, "the text is empty")),
         [document] => from_yaml(document, ""),
         [_, second, ..] => Err(whole(place_of(second), "there is a second document")),
+    }
+}
+
+/// May it stand in a YAML text (YAML 1.2, production `c-printable`)?
+fn is_printable(c: char) -> bool {
+    match c {
+        '\t' | '\n' | '\r' | '\u{85}' => true,
+        '\u{feff}' | '\u{fffe}' | '\u{ffff}' => false,
+        c => !c.is_control(),
     }
 }
 

@@ -332,10 +332,8 @@ impl State {
                     None if always => Asked::Usual,
                     None => Asked::Any,
                 };
-                let open = merged(
-                    self.openings(receivers, from, *to)
-                        .flat_map(|access| opened(access, asked, *to).to_vec()),
-                );
+                let open =
+                    merged(self.openings(receivers, from, *to).flat_map(|access| opened(access, asked, *to)));
                 let has_ports = property.protocol.is_none_or(selector::has_ports);
                 let asked_for = if has_ports { property.to.ports.as_slice() } else { &[ALL_PORTS] };
                 let fails = |ports: &PortRange| {

@@ -185,7 +185,7 @@ fn keys_that_begin_with_a_number_sign_are_an_interfaces_notes_in_rules() {
     }
     assert_eq!(taken(&noted.to_string()), taken(&whole().to_string()));
     for text in
-        [r##"{"#x": 1}"##, r##"{"groups": {"#x": []}}"##, r##"{"acls": [{"action": "accept", "x#": 1}]}"##]
+        [r##"{"#x": 1}"##, r##"{"groups": {"#x": []}}"##, r#"{"acls": [{"action": "accept", "x#": 1}]}"#]
     {
         refused(text);
     }
