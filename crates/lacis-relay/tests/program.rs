@@ -163,9 +163,9 @@ fn a_port_in_use_a_damaged_key_and_an_unusable_state_directory_are_named() {
     let config = write(directory.path(), &text(taken.local_addr().unwrap(), &state));
     let output = program("serve", &config).output().unwrap();
     // Before it, that a key was made.
-    let text = String::from_utf8_lossy(&output.stderr);
-    let last = text.lines().last().unwrap();
-    assert!(last.contains("another program has that port"), "{text}");
+    let lines = String::from_utf8_lossy(&output.stderr);
+    let last = lines.lines().last().unwrap();
+    assert!(last.contains("another program has that port"), "{lines}");
     assert_eq!(output.status.code(), Some(1));
 
     let key = state.join("relay.key");

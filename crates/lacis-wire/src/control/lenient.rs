@@ -165,10 +165,11 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Lenient<T> {
     }
 }
 
+/// Lists by name.
+type Named<T> = BTreeMap<String, Option<Lenient<T>>>;
+
 /// Packet filters by name; an unreadable list allows nothing.
-pub(super) fn filters<'de, D, T>(
-    deserializer: D,
-) -> Result<Option<BTreeMap<String, Option<Lenient<T>>>>, D::Error>
+pub(super) fn filters<'de, D, T>(deserializer: D) -> Result<Option<Named<T>>, D::Error>
 where
     D: Deserializer<'de>,
     T: DeserializeOwned,

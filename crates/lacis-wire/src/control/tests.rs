@@ -123,7 +123,7 @@ fn a_request_that_is_nested_too_deep_is_refused_and_says_so() {
 fn a_member_of_a_host_that_is_odd_costs_itself() {
     let text = json!({"Hostinfo": {
         "Hostname": "a", "OS": ["x"], "ShareeNode": "x", "Container": 1, "Location": "here", "TPM": {"a": 1},
-        "RoutableIPs": ["10.0.0.0/8", "nonsense"], "Services": 7, "NetInfo": [], "Future": {"a": [1]},
+        "RoutableIPs": ["10.0.0.0/8", "nonsense"], "Services": 7, "NetInfo": 7, "Future": {"a": [1]},
     }});
     let hostinfo = decode_request::<MapRequest>(text.to_string().as_bytes()).unwrap().hostinfo.unwrap();
     assert_eq!(hostinfo, Hostinfo { hostname: "a".to_owned(), ..Hostinfo::default() });
