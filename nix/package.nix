@@ -19,6 +19,7 @@ let
     lacisd = "lacis-client";
     lacis-coordinator = "lacis-coordinator";
     lacis-relay = "lacis-relay";
+    lacis-lab = "lacis-lab";
   };
   units = lib.filter (unit: lib.elem (lib.removeSuffix ".service" unit) programs) (
     lib.attrNames (builtins.readDir ../packaging/systemd)
@@ -35,6 +36,8 @@ rustPlatform.buildRustPackage {
       ../Cargo.toml
       ../Cargo.lock
       ../crates
+      # Tests of the crates include its targets.
+      ../fuzz
       ../packaging
     ];
   };

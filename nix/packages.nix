@@ -27,4 +27,10 @@ in
     programs = [ "lacis-relay" ];
     mainProgram = "lacis-relay";
   };
+  # What the scenario `hostile` attacks with.
+  lacis-lab = build {
+    pname = "lacis-lab";
+    programs = [ "lacis-lab" ];
+    mainProgram = "lacis-lab";
+  };
 }

@@ -25,6 +25,8 @@ use client::{Client, Shared};
 use measure::{Process, percentile};
 use server::Own;
 
+use crate::sys;
+
 /// Nothing more than this many registrations at once: dialling must not be what is measured.
 const PARALLEL: usize = 32;
 /// What the last fan-outs of the joins need to settle before idleness is measured.
@@ -33,8 +35,6 @@ const SETTLE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two changes, so that a server that batches does not get them in one batch.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Descriptors that this process needs besides one for each client.
-const SPARE_DESCRIPTORS: u64 = 256;
 
 /// What the command line says.
 #[derive(Debug, clap::Args)]
@@ -66,24 +66,9 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     ensure!(arguments.nodes > 1, "--nodes must be at least 2: somebody has to see a change");
     ensure!(arguments.changes > 0, "--changes must be at least 1");
-    raise_descriptors(arguments.nodes as u64)?;
+    sys::raise_descriptors(arguments.nodes as u64)?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(load(arguments))?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn raise_descriptors(nodes: u64) -> Result<()> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let have = getrlimit(Resource::Nofile);
-    let wanted = nodes + SPARE_DESCRIPTORS;
-    if have.current.is_some_and(|current| current < wanted) {
-        let current = have.maximum.map_or(wanted, |maximum| maximum.min(wanted));
-        ensure!(
-            current >= wanted,
-            "{nodes} clients need {wanted} file descriptors: raise the limit (ulimit -Hn)"
-        );
-        setrlimit(Resource::Nofile, Rlimit { current: Some(current), maximum: have.maximum })?;
-    }
-    Ok(())
 }
 
 async fn load(arguments: &Arguments) -> Result<()> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lacis_lab::{boot, load, matrix, run, shell, sys};
+use lacis_lab::{boot, hostile, load, matrix, run, shell, sys};
 
 /// Networks of namespaces with the real programs in them.
 #[derive(Debug, Parser)]
@@ -27,6 +27,8 @@ enum Command {
     Shell(shell::Arguments),
     /// Drive a coordinator with simulated clients
     Load(load::Arguments),
+    /// Attack a coordinator, as the scenario `hostile` does
+    Hostile(hostile::Arguments),
     /// (internal) Make the namespaces of a run
     #[command(hide = true)]
     Confine { job: PathBuf },
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Matrix(arguments) => matrix::run(&arguments),
         Command::Shell(arguments) => shell::shell(&arguments),
         Command::Load(arguments) => load::run(&arguments),
+        Command::Hostile(arguments) => hostile::run(&arguments),
         Command::Confine { job } => run::confine(&job),
         Command::Inside { job } => boot::inside(&job),
         Command::Boot { host, again } => boot::host(&host, again),

@@ -14,6 +14,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 /// The process that signals are handed to; 0 for none.
 static CHILD: AtomicI32 = AtomicI32::new(0);
 
+/// Descriptors that a process needs besides one for each connection.
+const SPARE_DESCRIPTORS: u64 = 256;
+
 fn checked(result: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -130,6 +133,21 @@ pub fn set_path(path: &str) {
 pub fn clock_ticks() -> i64 {
     // SAFETY: no memory is involved.
     unsafe { libc::sysconf(libc::_SC_CLK_TCK) }
+}
+
+/// Lets this process open so many connections.
+pub fn raise_descriptors(connections: u64) -> anyhow::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let have = getrlimit(Resource::Nofile);
+    let needed = connections + SPARE_DESCRIPTORS;
+    if have.current.is_some_and(|current| current < needed) {
+        anyhow::ensure!(
+            have.maximum.is_none_or(|maximum| maximum >= needed),
+            "{connections} connections need {needed} file descriptors: raise the limit (ulimit -Hn)"
+        );
+        setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum: have.maximum })?;
+    }
+    Ok(())
 }
 
 /// Lets a reader that has gone away (`| head`) end this process, as it ends other programs, instead of making it panic.

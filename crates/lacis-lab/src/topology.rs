@@ -108,6 +108,9 @@ pub struct Host {
     /// Whether it has an IPv6 address on the internet too.
     #[serde(default)]
     pub ipv6: bool,
+    /// Whether `lacis-lab hostile` runs on it, which bare hosts have anyway.
+    #[serde(default)]
+    pub attacks: bool,
     /// DNS names of the host besides its own; its certificate is for all of them.
     #[serde(default)]
     pub names: Vec<String>,

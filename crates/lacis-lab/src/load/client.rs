@@ -8,20 +8,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use lacis_wire::CURRENT_CAPABILITY_VERSION;
-use lacis_wire::control::{
-    self, Hostinfo, MapRequest, NetInfo, RegisterAuth, RegisterRequest, RegisterResponse,
-};
-use lacis_wire::io::{ControlClient, ControlDialer};
-use lacis_wire::key::{DiscoPrivateKey, MachineKey, MachinePrivateKey, NodePrivateKey};
-use lacis_wire::mapframe::{Compression, Decoder};
+use lacis_wire::control;
+use lacis_wire::key::{MachineKey, MachinePrivateKey};
 use tokio::sync::{Notify, oneshot};
 
-/// How long a server may take to answer one request under load.
-const REQUEST_LIMIT: Duration = Duration::from_mins(1);
+use crate::node::{self, Node};
 
 /// What all clients of a run share.
 #[derive(Debug)]
@@ -132,9 +125,7 @@ impl Watch {
 pub(super) struct Client {
     pub(super) number: usize,
     shared: Arc<Shared>,
-    control: ControlClient,
-    node: NodePrivateKey,
-    disco: DiscoPrivateKey,
+    node: Node,
 }
 
 /// An endpoint for every number up to some millions, each once.
@@ -146,105 +137,44 @@ pub(super) fn endpoint(number: usize) -> SocketAddr {
 impl Client {
     /// Dials and registers with the auth key.
     pub(super) async fn register(number: usize, shared: Arc<Shared>) -> Result<Arc<Self>> {
-        let dialer = ControlDialer::new(&shared.url, MachinePrivateKey::generate())?.timeout(REQUEST_LIMIT);
-        let stream =
-            dialer.dial(Some(shared.server_key)).await.with_context(|| format!("client {number}"))?;
-        let (control, _connection) = ControlClient::new(dialer.url(), stream).await?;
-        let client = Self {
-            number,
-            shared,
-            control,
-            node: NodePrivateKey::generate(),
-            disco: DiscoPrivateKey::generate(),
-        };
-        let request = RegisterRequest {
-            version: CURRENT_CAPABILITY_VERSION,
-            node_key: client.node.public(),
-            auth: Some(RegisterAuth { auth_key: client.shared.auth_key.clone() }),
-            hostinfo: Some(client.hostinfo()),
-            ..RegisterRequest::default()
-        };
-        let body = client.answer("/machine/register", control::to_json(&request)).await?;
-        let answer: RegisterResponse = serde_json::from_slice(&body.collect().await?.to_bytes())?;
-        ensure!(answer.error.is_empty(), "client {number} was refused: {}", answer.error);
-        ensure!(answer.machine_authorized, "client {number} was not authorized: is the auth key good?");
-        Ok(Arc::new(client))
-    }
-
-    fn hostinfo(&self) -> Hostinfo {
-        Hostinfo {
-            os: "linux".to_owned(),
-            hostname: format!("load-{}", self.number),
-            net_info: Some(NetInfo { preferred_derp: 999, ..NetInfo::default() }),
-            ..Hostinfo::default()
-        }
-    }
-
-    fn map_request(&self, endpoint: SocketAddr) -> MapRequest {
-        MapRequest {
-            version: CURRENT_CAPABILITY_VERSION,
-            compress: "zstd".to_owned(),
-            node_key: self.node.public(),
-            disco_key: Some(self.disco.public()),
-            hostinfo: Some(self.hostinfo()),
-            endpoints: Some(vec![endpoint]),
-            endpoint_types: vec![control::endpoint_type::STUN],
-            ..MapRequest::default()
-        }
+        let machine = MachinePrivateKey::generate();
+        let node =
+            Node::dial(&shared.url, machine, Some(shared.server_key), format!("load-{number}")).await?;
+        node.register(&shared.auth_key).await?;
+        Ok(Arc::new(Self { number, shared, node }))
     }
 
     /// Opens the map stream; returns when the first map is here. Reads on by itself.
     pub(super) async fn stream(self: &Arc<Self>) -> Result<()> {
-        let request =
-            MapRequest { stream: true, keep_alive: true, ..self.map_request(endpoint(self.number)) };
-        let body = self.answer("/machine/map", control::to_json(&request)).await?;
+        let body = self.node.stream(endpoint(self.number)).await?;
         let (first, here) = oneshot::channel();
         let client = Arc::clone(self);
         tokio::spawn(async move {
-            if let Err(error) = client.read(body, first).await {
+            let mut first = Some(first);
+            let shared = &client.shared;
+            let received = |bytes| {
+                shared.received.fetch_add(bytes as u64, Ordering::Relaxed);
+            };
+            let ended = node::read(body, received, |message| {
+                if let Some(first) = first.take() {
+                    let _ = first.send(());
+                }
+                shared.read(client.number, message);
+            });
+            if let Err(error) = ended.await {
                 tracing::debug!(number = client.number, %error, "map stream failed");
             }
-            client.shared.ended.fetch_add(1, Ordering::Relaxed);
+            shared.ended.fetch_add(1, Ordering::Relaxed);
         });
         here.await
             .with_context(|| format!("the map stream of client {} ended before its first map", self.number))
     }
 
-    async fn read(&self, mut body: Incoming, first: oneshot::Sender<()>) -> Result<()> {
-        let mut decoder = Decoder::new(Compression::Zstd);
-        let mut first = Some(first);
-        while let Some(frame) = body.frame().await {
-            let Ok(data) = frame?.into_data() else { continue };
-            self.shared.received.fetch_add(data.len() as u64, Ordering::Relaxed);
-            decoder.push(&data);
-            while let Some(message) = decoder.next_message()? {
-                if let Some(first) = first.take() {
-                    let _ = first.send(());
-                }
-                self.shared.read(self.number, &message);
-            }
-        }
-        Ok(())
-    }
-
     /// Reports a new endpoint, in a request of its own as clients do.
     pub(super) async fn report(&self, endpoint: SocketAddr) -> Result<()> {
-        let request = MapRequest { omit_peers: true, ..self.map_request(endpoint) };
-        let body = self.answer("/machine/map", control::to_json(&request)).await?;
-        body.collect().await?;
+        let request = self.node.map_request(endpoint, true);
+        self.node.answer("/machine/map", control::to_json(&request)).await?.collect().await?;
         Ok(())
-    }
-
-    async fn answer(&self, path: &str, request: Vec<u8>) -> Result<Incoming> {
-        let response = tokio::time::timeout(REQUEST_LIMIT, self.control.post(path, request))
-            .await
-            .with_context(|| format!("{path}: no answer in {} s", REQUEST_LIMIT.as_secs()))??;
-        let status = response.status();
-        if !status.is_success() {
-            let said = response.into_body().collect().await?.to_bytes();
-            bail!("{path}: {status}: {}", String::from_utf8_lossy(&said));
-        }
-        Ok(response.into_body())
     }
 }
 
