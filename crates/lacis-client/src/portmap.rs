@@ -5,6 +5,8 @@
 //! take the way of other packets: to the exit node while one is used, or to the peer whose subnet covers this LAN,
 //! and a stranger's router would be asked, or none.
 
+#[cfg(test)]
+mod mutations;
 mod pcp;
 mod upnp;
 

@@ -164,7 +164,7 @@ fn with_id(message: &[u8], id: u16) -> Vec<u8> {
 
 /// Is this an answer to that question? The id alone can be guessed. Only header and question are read: what is in the
 /// records is the asker's matter.
-fn answers(query: &[u8], answer: &[u8], id: u16) -> bool {
+pub(crate) fn answers(query: &[u8], answer: &[u8], id: u16) -> bool {
     if answer.len() < HEADER || id_of(answer) != id || answer[2] & 0x80 == 0 {
         return false;
     }
@@ -179,7 +179,7 @@ fn answers(query: &[u8], answer: &[u8], id: u16) -> bool {
 }
 
 /// Name of the first question, and its type and class.
-fn question(message: &[u8]) -> Option<(&[u8], &[u8])> {
+pub(crate) fn question(message: &[u8]) -> Option<(&[u8], &[u8])> {
     let mut end = HEADER;
     loop {
         match usize::from(*message.get(end)?) {

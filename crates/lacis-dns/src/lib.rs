@@ -7,6 +7,8 @@
 
 mod answer;
 mod forward;
+#[doc(hidden)]
+pub mod fuzzing;
 mod packet;
 mod quad100;
 mod resolver;

@@ -12,7 +12,7 @@ const HOP_LIMIT: u8 = 64;
 
 /// A datagram and its ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Datagram<'a> {
+pub struct Datagram<'a> {
     pub source: IpAddr,
     pub destination: IpAddr,
     pub source_port: u16,

@@ -15,6 +15,10 @@ pub(crate) const MAX_UDP: u16 = 1232;
 const PLAIN_UDP: u16 = 512;
 /// The shortest message: a header.
 const HEADER: usize = 12;
+/// The shortest question: the root's name, type, class.
+const MIN_QUESTION: usize = 5;
+/// The shortest record: the same, a time to live, and the length of its data.
+const MIN_RECORD: usize = 11;
 
 /// How a question came, and so how large its answer may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,11 +61,11 @@ impl Resolver {
         query: &[u8],
         transport: Transport,
     ) -> Result<Option<Vec<u8>>, Box<Question>> {
-        let message = match Message::from_vec(query) {
-            Ok(message) if message.metadata.message_type == MessageType::Query => message,
+        let message = match counts_fit(query).then(|| Message::from_vec(query)) {
+            Some(Ok(message)) if message.metadata.message_type == MessageType::Query => message,
             // An answer is no question: saying anything could go on for ever.
-            Ok(_) => return Ok(None),
-            Err(_) => return Ok(unreadable(query)),
+            Some(Ok(_)) => return Ok(None),
+            Some(Err(_)) | None => return Ok(unreadable(query)),
         };
         match decide(&self.state(), &message) {
             Decision::Answer(answer) => Ok(encode(&answer, &message, transport)),
@@ -111,6 +115,14 @@ pub(crate) struct Question {
     message: Message,
     bytes: Vec<u8>,
     transport: Transport,
+}
+
+/// Can what the header counts be in a message of this length? The decoder makes room for all of it before it reads.
+fn counts_fit(message: &[u8]) -> bool {
+    let Some(header) = message.first_chunk::<HEADER>() else { return false };
+    let count = |at: usize| usize::from(u16::from_be_bytes([header[at], header[at + 1]]));
+    let records = count(6) + count(8) + count(10);
+    HEADER + count(4) * MIN_QUESTION + records * MIN_RECORD <= message.len()
 }
 
 /// What can be said to a message that makes no sense, if its header does.
@@ -259,6 +271,22 @@ mod tests {
             socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
         });
         assert_eq!(asked(vec![address]).await.metadata.response_code, ResponseCode::NXDomain);
+    }
+
+    #[test]
+    fn a_message_that_counts_more_than_it_can_have_is_refused_unread() {
+        let resolver = Resolver::new(Options::default());
+        let mut query = question("a.lab.");
+        assert!(counts_fit(&query));
+        for section in [4, 6, 8, 10] {
+            let mut claims = query.clone();
+            claims[section..section + 2].copy_from_slice(&[0xff, 0xff]);
+            assert!(!counts_fit(&claims), "{section}");
+            let answer = resolver.answer_here(&claims, Transport::Udp).unwrap().unwrap();
+            assert_eq!(answer[3] & 0x0f, 1, "FORMERR");
+        }
+        query.truncate(HEADER - 1);
+        assert!(!counts_fit(&query));
     }
 
     proptest! {

@@ -88,13 +88,14 @@ struct Connection {
 
 /// Names one connection, so that an answer that comes late does not reach the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ConnectionId {
+pub struct ConnectionId {
     slot: usize,
     remote: IpEndpoint,
 }
 
 /// The stack. Sans-I/O but for its own clock.
-pub(crate) struct Tcp {
+#[allow(missing_debug_implementations)] // smoltcp's interface has none
+pub struct Tcp {
     wire: Wire,
     interface: Interface,
     sockets: SocketSet<'static>,
@@ -103,7 +104,7 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         let mut wire = Wire::default();
         let mut config = Config::new(HardwareAddress::Ip);
         let nonce = lacis_wire::derp::random_nonce();
@@ -136,13 +137,13 @@ impl Tcp {
     }
 
     /// Takes in a packet of the host.
-    pub(crate) fn packet(&mut self, packet: Bytes) -> Vec<(ConnectionId, Vec<u8>)> {
+    pub fn packet(&mut self, packet: Bytes) -> Vec<(ConnectionId, Vec<u8>)> {
         self.wire.incoming.push_back(packet);
         self.work()
     }
 
     /// Puts an answer on its connection, if that still stands.
-    pub(crate) fn answer(&mut self, to: ConnectionId, answer: Option<&[u8]>) {
+    pub fn answer(&mut self, to: ConnectionId, answer: Option<&[u8]>) {
         let connection = &mut self.connections[to.slot];
         if connection.remote != Some(to.remote) {
             return;
@@ -155,7 +156,7 @@ impl Tcp {
     }
 
     /// Moves everything on, and gives the questions that are complete.
-    pub(crate) fn work(&mut self) -> Vec<(ConnectionId, Vec<u8>)> {
+    pub fn work(&mut self) -> Vec<(ConnectionId, Vec<u8>)> {
         let now = self.now();
         let mut questions = Vec::new();
         loop {
@@ -226,7 +227,7 @@ impl Tcp {
     }
 
     /// Packets for the host.
-    pub(crate) fn take_packets(&mut self) -> Vec<Bytes> {
+    pub fn take_packets(&mut self) -> Vec<Bytes> {
         std::mem::take(&mut self.wire.outgoing)
     }
 

@@ -18,6 +18,8 @@ mod coalesce;
 mod config;
 mod error;
 mod filter;
+#[doc(hidden)]
+pub mod fuzzing;
 mod outputs;
 mod packet;
 mod peers;

@@ -8,7 +8,7 @@ use crate::checksum;
 use crate::packet::{self, Parsed, protocol};
 
 /// Longest message built here: an IPv6 header and a pong.
-pub(crate) const MAX_LEN: usize = 40 + 16;
+pub const MAX_LEN: usize = 40 + 16;
 
 const REJECT: u8 = b'!';
 const PING: u8 = b'p';
@@ -87,7 +87,7 @@ pub struct Reject {
 
 /// A message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Message {
+pub enum Message {
     Reject(Reject),
     Ping([u8; 8]),
     Pong {

@@ -84,7 +84,7 @@ fn pcp_answer(data: &[u8], operation: u8) -> Answer<()> {
     }
 }
 
-fn pcp_mapped(data: &[u8], nonce: &Nonce, port: u16) -> Answer<Granted> {
+pub(super) fn pcp_mapped(data: &[u8], nonce: &Nonce, port: u16) -> Answer<Granted> {
     if let Err(refused) = pcp_answer(data, PCP_MAP)? {
         return Some(Err(refused));
     }
@@ -113,7 +113,7 @@ fn pmp_answer(data: &[u8], operation: u8) -> Answer<()> {
     (code == operation | ANSWER).then_some(if result == 0 { Ok(()) } else { Err(Refused(result)) })
 }
 
-fn pmp_address(data: &[u8]) -> Answer<Ipv4Addr> {
+pub(super) fn pmp_address(data: &[u8]) -> Answer<Ipv4Addr> {
     match pmp_answer(data, PMP_ADDRESS)? {
         Ok(()) => Some(Ok(Ipv4Addr::from(bytes::<4>(data, 8)?))),
         Err(refused) => Some(Err(refused)),
@@ -121,7 +121,7 @@ fn pmp_address(data: &[u8]) -> Answer<Ipv4Addr> {
 }
 
 /// The external port, and for how long.
-fn pmp_mapped(data: &[u8], port: u16) -> Answer<(u16, Duration)> {
+pub(super) fn pmp_mapped(data: &[u8], port: u16) -> Answer<(u16, Duration)> {
     if let Err(refused) = pmp_answer(data, PMP_MAP_UDP)? {
         return Some(Err(refused));
     }

@@ -68,7 +68,7 @@ fn strange(what: impl ToString) -> UpnpError {
 pub(super) struct Service {
     /// One of [`SERVICES`].
     kind: &'static str,
-    address: SocketAddrV4,
+    pub(super) address: SocketAddrV4,
     /// Where its commands go: path and query.
     path: String,
 }
@@ -119,7 +119,7 @@ async fn search(router: Router, fwmark: Option<u32>) -> Result<Uri, UpnpError> {
 }
 
 /// Where the answer of a router says that its description is.
-fn location(answer: &[u8]) -> Option<Uri> {
+pub(super) fn location(answer: &[u8]) -> Option<Uri> {
     let text = std::str::from_utf8(answer).ok()?;
     let mut lines = text.lines();
     let status = lines.next()?;
@@ -145,7 +145,7 @@ fn text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
 }
 
 /// The services of a description that map ports, the best first.
-fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Service>, UpnpError> {
+pub(super) fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Service>, UpnpError> {
     let document = parse(description).map_err(strange)?;
     // Old descriptions say what their paths are relative to.
     let base = text(document.root(), "URLBase").filter(|base| !base.is_empty()).unwrap_or(path);
@@ -295,7 +295,7 @@ fn envelope(service: &str, action: &str, arguments: &[(&str, &str)]) -> String {
 }
 
 /// The error code of a SOAP fault.
-fn refusal(answer: &str) -> Option<Refused> {
+pub(super) fn refusal(answer: &str) -> Option<Refused> {
     let document = parse(answer).ok()?;
     text(document.root(), "errorCode")?.parse().ok().map(Refused)
 }
