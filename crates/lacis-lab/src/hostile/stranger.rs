@@ -33,6 +33,8 @@ const PARALLEL: usize = 32;
 /// Connections made at once.
 const CONNECTING: usize = 256;
 const REPORT: Duration = Duration::from_secs(1);
+/// Before a request that was answered is sent again.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Of the connections to one target, those that do a TLS handshake and then send a byte of a request now and then.
 const TRICKLES: usize = 50;
 const TRICKLE: Duration = Duration::from_millis(900);
@@ -63,7 +65,7 @@ pub(super) async fn followups(url: &str) -> Result<()> {
                         Err(_) => 0,
                     };
                     *answers.lock().unwrap_or_else(PoisonError::into_inner).entry(answer).or_insert(0) += 1;
-                    tokio::time::sleep(REPORT).await;
+                    tokio::time::sleep(AGAIN).await;
                 }
             });
         }
