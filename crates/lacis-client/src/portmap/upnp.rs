@@ -68,7 +68,7 @@ fn strange(what: impl ToString) -> UpnpError {
 pub(super) struct Service {
     /// One of [`SERVICES`].
     kind: &'static str,
-    pub(super) address: SocketAddrV4,
+    address: SocketAddrV4,
     /// Where its commands go: path and query.
     path: String,
 }
@@ -119,7 +119,7 @@ async fn search(router: Router, fwmark: Option<u32>) -> Result<Uri, UpnpError> {
 }
 
 /// Where the answer of a router says that its description is.
-pub(super) fn location(answer: &[u8]) -> Option<Uri> {
+fn location(answer: &[u8]) -> Option<Uri> {
     let text = std::str::from_utf8(answer).ok()?;
     let mut lines = text.lines();
     let status = lines.next()?;
@@ -145,7 +145,7 @@ fn text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
 }
 
 /// The services of a description that map ports, the best first.
-pub(super) fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Service>, UpnpError> {
+fn services(description: &str, at: SocketAddrV4, path: &str) -> Result<Vec<Service>, UpnpError> {
     let document = parse(description).map_err(strange)?;
     // Old descriptions say what their paths are relative to.
     let base = text(document.root(), "URLBase").filter(|base| !base.is_empty()).unwrap_or(path);
@@ -179,6 +179,14 @@ fn resolve(base: &str, reference: &str) -> Option<(Option<u16>, String)> {
     }
     let folder = path.split('?').next()?.rsplit_once('/').map_or("", |(folder, _)| folder);
     Some((port, format!("{folder}/{reference}")))
+}
+
+/// Where the commands of a description would go; for damaged ones.
+#[cfg(test)]
+pub(super) fn addresses(text: &str, at: SocketAddrV4) -> Vec<SocketAddrV4> {
+    let _ = (location(text.as_bytes()), refusal(text));
+    let found = services(text, at, "/igd/root.xml").unwrap_or_default();
+    found.into_iter().map(|service| service.address).collect()
 }
 
 async fn exchange(
@@ -295,7 +303,7 @@ fn envelope(service: &str, action: &str, arguments: &[(&str, &str)]) -> String {
 }
 
 /// The error code of a SOAP fault.
-pub(super) fn refusal(answer: &str) -> Option<Refused> {
+fn refusal(answer: &str) -> Option<Refused> {
     let document = parse(answer).ok()?;
     text(document.root(), "errorCode")?.parse().ok().map(Refused)
 }
