@@ -69,7 +69,7 @@ enum Attack {
         #[arg(required = true)]
         targets: Vec<String>,
         /// To each of them
-        #[arg(long, default_value_t = 4300)]
+        #[arg(long, default_value_t = 4600)]
         count: usize,
     },
 }

@@ -30,6 +30,8 @@ const MACHINES: usize = 8;
 const REGISTRATIONS: usize = 140;
 /// Handshakes at once.
 const PARALLEL: usize = 32;
+/// Before a connection that the server has ended is made again.
+const RECONNECT: Duration = Duration::from_millis(500);
 /// Connections made at once.
 const CONNECTING: usize = 256;
 const REPORT: Duration = Duration::from_secs(1);
@@ -158,7 +160,7 @@ pub(super) async fn connections(targets: &[String], count: usize) -> Result<()> 
                         }
                         counts.open.fetch_sub(1, Ordering::Relaxed);
                     }
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(RECONNECT).await;
                 }
             });
         }
