@@ -30,10 +30,9 @@ const MACHINES: usize = 8;
 const REGISTRATIONS: usize = 140;
 /// Handshakes at once.
 const PARALLEL: usize = 32;
-/// Before a connection that the server has ended is made again.
-const RECONNECT: Duration = Duration::from_millis(500);
-/// Connections made at once.
+/// Connections made in each turn, and how long one takes: more would only be this machine's own load.
 const CONNECTING: usize = 256;
+const TURN: Duration = Duration::from_millis(100);
 const REPORT: Duration = Duration::from_secs(1);
 /// Before a request that was answered is sent again.
 const AGAIN: Duration = Duration::from_secs(3);
@@ -145,6 +144,7 @@ pub(super) async fn connections(targets: &[String], count: usize) -> Result<()> 
                 loop {
                     let stream = {
                         let _place = connecting.acquire().await;
+                        tokio::time::sleep(TURN).await;
                         TcpStream::connect(address).await
                     };
                     if let Ok(stream) = stream {
@@ -160,7 +160,6 @@ pub(super) async fn connections(targets: &[String], count: usize) -> Result<()> 
                         }
                         counts.open.fetch_sub(1, Ordering::Relaxed);
                     }
-                    tokio::time::sleep(RECONNECT).await;
                 }
             });
         }
