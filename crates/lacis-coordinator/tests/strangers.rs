@@ -55,8 +55,7 @@ async fn session(server: &Server, key: MachineKey, last: u8, websocket: bool) ->
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     // The head, and the handshake's answer behind it.
-    while !answer.windows(4).position(|end| end == b"\r\n\r\n").is_some_and(|at| answer.len() >= at + 4 + 51)
-    {
+    while answer.windows(4).position(|end| end == b"\r\n\r\n").is_none_or(|at| answer.len() < at + 4 + 51) {
         assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "{}", String::from_utf8_lossy(&answer));
     }
     stream

@@ -10,7 +10,7 @@ pub const DEFAULT_FILTER: &str = "info,rustls=error";
 
 /// Lines of one kind from one source at once; then one each [`REFILL`].
 const MAX_BURST: u32 = 5;
-const REFILL: Duration = Duration::from_secs(60);
+const REFILL: Duration = Duration::from_mins(1);
 /// Lines of one kind from all sources at once; then one each [`REFILL_ALL`].
 const MAX_BURST_ALL: u32 = 50;
 const REFILL_ALL: Duration = Duration::from_secs(2);

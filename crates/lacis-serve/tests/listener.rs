@@ -214,7 +214,7 @@ async fn behind_a_trusted_proxy_the_clients_count_and_not_the_proxy() {
     // One client by many connections of the proxy, with bodies that do not come: the oldest of them give way.
     let head = "POST /body HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 198.51.100.1\r\nContent-Length: 9\r\n\r\n";
     let mut slow = Vec::new();
-    for _ in 0..limits.connections.each + 1 {
+    for _ in 0..=limits.connections.each {
         let mut stream = connect(running.address, 9).await;
         stream.write_all(head.as_bytes()).await.unwrap();
         slow.push(stream);
