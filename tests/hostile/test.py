@@ -13,9 +13,9 @@ PLAIN = "http://plain.example.org"
 MEMORY = 256
 # Seconds in which an honest machine joins, and in which a change reaches the others.
 SOON = 5
-# Seconds after which a relay of its own has asked the coordinator again about a node that is connected: every three
-# minutes, and a node that came just after one round began is asked about in the next.
-ASKED_AGAIN = 370
+# Seconds after which a relay of its own has asked the coordinator again about a node that is connected: every ten here,
+# and a node that came just after one round began is asked about in the next.
+ASKED_AGAIN = 30
 # A server that uses more than this is ended, so that a defect costs this scenario and not the machine it runs on.
 GUARD = """
 import os, signal, sys, time

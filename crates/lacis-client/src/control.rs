@@ -242,7 +242,9 @@ impl Broken {
     fn is_hopeless(&self) -> bool {
         match self {
             // A connection that breaks says less.
-            Self::Dial(DialError::KeyUnproven { source, .. }) => matches!(**source, DialError::Noise { .. }),
+            Self::Dial(DialError::KeyUnproven { source, .. }) => {
+                matches!(**source, DialError::Noise { .. } | DialError::Upgrade { .. })
+            }
             Self::Dial(error) => matches!(
                 error,
                 DialError::Url { .. }

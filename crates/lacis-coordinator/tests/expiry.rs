@@ -43,9 +43,9 @@ fn has_nothing(frame: &MapResponse) -> bool {
         && frame.peers.is_empty()
         && frame.peers_changed.is_empty()
         && frame.peers_changed_patch.is_empty()
-        && filters.values().flatten().all(Vec::is_empty)
+        && filters.values().flatten().all(|rules| rules.is_empty())
         && frame.user_profiles.len() == 1
-        && frame.ssh_policy.as_ref().is_none_or(|policy| policy["rules"] == serde_json::json!([]))
+        && frame.ssh_policy.as_ref().is_none_or(|policy| policy.as_str() == r#"{"rules":[]}"#)
 }
 
 /// One map without a stream.

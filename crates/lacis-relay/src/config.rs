@@ -7,10 +7,12 @@
 //! stun: ["[::]:3478"]
 //! state_dir: /var/lib/lacis-relay
 //! admission: { verify_url: https://mesh.example.org/verify }
+//! verify_interval: 3m
 //! ```
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -46,7 +48,13 @@ pub struct Config {
     /// Who may relay: `open`, or `verify_url: URL` to ask a coordinator.
     #[serde(with = "serde_yaml::with::singleton_map")]
     pub admission: AdmissionConfig,
+    /// How often the coordinator is asked again about each client that is connected.
+    #[serde(default = "default_verify_interval", deserialize_with = "interval")]
+    pub verify_interval: Duration,
 }
+
+/// More often the coordinator would do little else.
+const MIN_VERIFY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Certificate and key files in PEM form, read again when they change.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -78,6 +86,17 @@ fn default_stun() -> Vec<SocketAddr> {
 
 fn default_state_dir() -> PathBuf {
     "/var/lib/lacis-relay".into()
+}
+
+fn default_verify_interval() -> Duration {
+    Duration::from_mins(3)
+}
+
+fn interval<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text).ok().filter(|interval| *interval >= MIN_VERIFY_INTERVAL).ok_or_else(|| {
+        serde::de::Error::custom(format_args!("{text:?} is no interval of at least 5s, such as \"3m\""))
+    })
 }
 
 fn one_or_more<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<SocketAddr>, D::Error> {
@@ -133,19 +152,22 @@ mod tests {
         assert_eq!(config.stun, ["[::]:3478".parse().unwrap()]);
         assert_eq!(config.admission, AdmissionConfig::Open);
         assert_eq!(config.tls, None);
+        assert_eq!(config.verify_interval, Duration::from_mins(3));
     }
 
     #[test]
     fn everything_can_be_said() {
         let config = Config::parse(
             "listen: 127.0.0.1:8443\ntls: { cert_file: /c, key_file: /k }\nhostname: r.example\nstun: []\n\
-             trusted_proxies: [127.0.0.1/32, \"::1/128\"]\nmetrics: [\"127.0.0.1:9091\"]\nstate_dir: /tmp/x\nadmission: { verify_url: https://m.example/verify }\n",
+             trusted_proxies: [127.0.0.1/32, \"::1/128\"]\nmetrics: [\"127.0.0.1:9091\"]\nstate_dir: /tmp/x\nadmission: { verify_url: https://m.example/verify }\n\
+             verify_interval: 10s\n",
         )
         .unwrap();
         assert_eq!(config.listen, ["127.0.0.1:8443".parse().unwrap()]);
         assert!(config.stun.is_empty());
         assert_eq!(config.trusted_proxies.len(), 2);
         assert_eq!(config.admission, AdmissionConfig::VerifyUrl("https://m.example/verify".into()));
+        assert_eq!(config.verify_interval, Duration::from_secs(10));
     }
 
     #[test]
@@ -157,6 +179,8 @@ mod tests {
             ("admission: closed", "unknown variant `closed`"),
             ("admission: open\nlisten: []", "no client could connect"),
             ("admission: { verify_url: ftp://x }", "admission.verify_url"),
+            ("admission: open\nverify_interval: 1s", "at least 5s"),
+            ("admission: open\nverify_interval: often", "verify_interval"),
             ("admission: open\ntls: { cert_file: /c }", "missing field `key_file`"),
         ] {
             let error = Config::parse(text).unwrap_err();

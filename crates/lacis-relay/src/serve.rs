@@ -51,7 +51,8 @@ impl Service {
             AdmissionConfig::Open => Arc::new(Everybody),
             AdmissionConfig::VerifyUrl(url) => Arc::new(VerifyUrl::new(url)?),
         };
-        let relay = Relay::new(load_key(&config.state_dir)?, admission, Limits::default());
+        let limits = Limits { ask_again: config.verify_interval, ..Limits::default() };
+        let relay = Relay::new(load_key(&config.state_dir)?, admission, limits);
         let mut registry = Registry::default();
         relay.register_metrics(&mut registry);
         let listen = |addresses: &[SocketAddr], what| -> Result<Vec<TcpListener>, Error> {

@@ -142,7 +142,8 @@ pub enum DialError {
 impl DialError {
     /// Whether the server may have another key than the one it was dialled with.
     pub fn suspects_key(&self) -> bool {
-        matches!(self, Self::Noise { .. } | Self::Broken { .. })
+        // A server cannot read a handshake that is meant for another key, which some servers say by a status.
+        matches!(self, Self::Noise { .. } | Self::Broken { .. } | Self::Upgrade { status: 400, .. })
     }
 }
 
