@@ -2,10 +2,9 @@
 //! know these paths.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Extension, FromRequest, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, head, post};
@@ -22,8 +21,6 @@ use crate::{map, register};
 const MAX_REGISTER_BODY: usize = 64 << 10;
 /// Only nodes' are taken over. With all that a node can say of itself it has some 150 KiB.
 const MAX_MAP_BODY: usize = 256 << 10;
-/// For the body of a request. Its answer may take as long as it likes: map streams never end.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Who is at the other end of a Noise session.
 #[derive(Clone, Copy, Debug)]
@@ -55,23 +52,8 @@ pub fn router(core: Core) -> Router {
         .with_state(core)
 }
 
-/// The whole body, if it comes in time.
-struct Body(Bytes);
-
-impl<S: Send + Sync> FromRequest<S> for Body {
-    type Rejection = Response;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
-        match tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state)).await {
-            Ok(Ok(body)) => Ok(Self(body)),
-            Ok(Err(rejection)) => Err(rejection.into_response()),
-            Err(_) => Err(StatusCode::REQUEST_TIMEOUT.into_response()),
-        }
-    }
-}
-
 /// The body is gone afterwards: an answer may take minutes.
-fn decode<T: serde::de::DeserializeOwned>(Body(body): Body) -> Result<T, (StatusCode, String)> {
+fn decode<T: serde::de::DeserializeOwned>(body: Bytes) -> Result<T, (StatusCode, String)> {
     decode_request(&body).map_err(|error| {
         let error = display_text(&error.to_string());
         (
@@ -95,7 +77,7 @@ fn check_version(version: u16) -> Result<(), (StatusCode, String)> {
 async fn register(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    body: Body,
+    body: Bytes,
 ) -> Result<Response, (StatusCode, String)> {
     let request: RegisterRequest = decode(body)?;
     check_version(request.version)?;
@@ -105,7 +87,7 @@ async fn register(
 async fn map(
     State(core): State<Core>,
     Extension(session): Extension<Session>,
-    body: Body,
+    body: Bytes,
 ) -> Result<Response, (StatusCode, String)> {
     let request: MapRequest = decode(body)?;
     check_version(request.version)?;

@@ -60,8 +60,9 @@ const STRANGERS: Capacity = Capacity { total: 512, each: 128 };
 const MAX_SESSIONS_OF_NODE: usize = 8;
 /// A client has a long poll, lite updates and follow-ups at once.
 const MAX_STREAMS: u32 = 128;
-/// Requests at a time of a machine that has no node; it has a registration and its follow-up.
-const MAX_STREAMS_OF_STRANGER: u32 = 8;
+/// Requests at a time of a machine that has no node; it has a registration and its follow-up. HTTP/2 could say so, but
+/// not take it back when the machine has joined.
+const MAX_REQUESTS_OF_STRANGER: usize = 8;
 /// The body of a request: one is read at a time in each session.
 const MAX_BODY: usize = 256 << 10;
 /// The same for a machine that has no node. Registrations are a few KiB.
@@ -260,16 +261,16 @@ impl Noise {
         let service = hyper::service::service_fn(|request: http::Request<Incoming>| {
             self.clone().request(Arc::clone(&requests), request)
         });
-        let (streams, window, connection_window) = if is_node {
-            (MAX_STREAMS, STREAM_WINDOW, CONNECTION_WINDOW)
+        let (window, connection_window) = if is_node {
+            (STREAM_WINDOW, CONNECTION_WINDOW)
         } else {
-            (MAX_STREAMS_OF_STRANGER, STREAM_WINDOW_OF_STRANGER, CONNECTION_WINDOW_OF_STRANGER)
+            (STREAM_WINDOW_OF_STRANGER, CONNECTION_WINDOW_OF_STRANGER)
         };
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
-            .max_concurrent_streams(streams)
+            .max_concurrent_streams(MAX_STREAMS)
             .initial_stream_window_size(window)
             .initial_connection_window_size(connection_window)
             .max_send_buf_size(SEND_BUFFER)
@@ -330,6 +331,9 @@ impl Noise {
         requests.asked.store(true, Ordering::Relaxed);
         let _running = Running::of(Arc::clone(&requests));
         let was_node = requests.is_node.load(Ordering::Relaxed);
+        if !was_node && requests.running.load(Ordering::Relaxed) > MAX_REQUESTS_OF_STRANGER {
+            return Ok(StatusCode::TOO_MANY_REQUESTS.into_response());
+        }
         let limit = if was_node { MAX_BODY } else { MAX_BODY_OF_STRANGER };
         let (parts, body) = request.into_parts();
         // One at a time: what a session can make the program hold is one body.
