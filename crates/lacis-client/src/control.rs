@@ -241,10 +241,8 @@ impl Broken {
     /// Can only a person heal it?
     fn is_hopeless(&self) -> bool {
         match self {
-            // A connection that breaks says less.
-            Self::Dial(DialError::KeyUnproven { source, .. }) => {
-                matches!(**source, DialError::Noise { .. } | DialError::Upgrade { .. })
-            }
+            // A connection that breaks or is refused says less.
+            Self::Dial(DialError::KeyUnproven { source, .. }) => matches!(**source, DialError::Noise { .. }),
             Self::Dial(error) => matches!(
                 error,
                 DialError::Url { .. }

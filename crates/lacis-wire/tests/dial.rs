@@ -251,6 +251,22 @@ async fn over_http_the_known_key_stands_until_the_user_accepts_another() {
 }
 
 #[tokio::test]
+async fn a_handshake_that_is_refused_by_a_status_puts_the_known_key_in_question_too() {
+    let (old, new) = (MachinePrivateKey::generate().public(), MachinePrivateKey::generate());
+    let answer = with_key(new.clone());
+    let address = server(move |head| {
+        if !head.starts_with("GET /key") && Responder::read(&new, &initiation(head)).is_err() {
+            return b"HTTP/1.1 400 Bad Request\r\nContent-Length: 3\r\n\r\nno\n".to_vec();
+        }
+        answer(head)
+    });
+    let dialer = dialer(&format!("http://{}", address.await));
+    let error = dialer.dial(Some(old)).await.unwrap_err();
+    assert!(matches!(error, DialError::KeyUnproven { .. }), "{error}");
+    assert_ne!(dialer.accept_new_key(true).dial(Some(old)).await.unwrap().server_key, old);
+}
+
+#[tokio::test]
 async fn over_http_a_connection_that_breaks_does_not_replace_the_key_either() {
     let new = MachinePrivateKey::generate().public();
     let address = server(move |head| {
