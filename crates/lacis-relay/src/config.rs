@@ -95,7 +95,11 @@ fn default_verify_interval() -> Duration {
 fn interval<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text).ok().filter(|interval| *interval >= MIN_VERIFY_INTERVAL).ok_or_else(
-        || serde::de::Error::custom(format_args!("{text:?} is no interval of at least 5s, such as \"3m\"")),
+        || {
+            serde::de::Error::custom(format_args!(
+                "verify_interval: {text:?} is no interval of at least 5s, such as \"3m\""
+            ))
+        },
     )
 }
 

@@ -91,9 +91,11 @@ fn packets_wait_for_a_path_and_a_direct_one_carries_them() {
     assert!(stats.udp_sends * 4 < stats.udp_sent, "sent in batches: {stats:?}");
     assert!(stats.tun_writes < stats.tun_written, "written in batches: {stats:?}");
     // Path discovery shares the sockets.
-    a.tunnel.send_udp(Way::main(b_addr), b"TS\xf0\x9f\x92\xac from a".to_vec(), None);
+    let mut message = lacis_wire::disco::MAGIC.to_vec();
+    message.resize(lacis_wire::disco::MIN_PING_LEN, b'a');
+    a.tunnel.send_udp(Way::main(b_addr), message.clone(), None);
     let got = b.udp.blocking_recv().unwrap();
-    assert_eq!((got.way, got.data.as_ref()), (Way::main(a_addr), &b"TS\xf0\x9f\x92\xac from a"[..]));
+    assert_eq!((got.way, got.data.as_ref()), (Way::main(a_addr), &message[..]));
 }
 
 #[test]
