@@ -12,7 +12,7 @@ fn population() -> Population {
         v4: Some([100, 64, 0, id].into()),
         v6: Some([0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, id.into()].into()),
         advertised: vec!["10.0.0.0/8".parse().expect("a network"), "0.0.0.0/0".parse().expect("a network")],
-        online: id % 2 == 0,
+        online: id.is_multiple_of(2),
         ..Node::default()
     };
     let user = |id, name: &str| User { id: UserId(id), name: name.to_owned(), ..User::default() };

@@ -49,7 +49,10 @@ async fn two_administrators_at_once_both_have_their_change_on_disk() {
             server.core.approve_routes(&lab, &node, &routes),
             server.core.expire(&lab, &node, 1),
         );
-        (renamed.unwrap(), tagged.unwrap(), routed.unwrap(), expired.unwrap());
+        renamed.unwrap();
+        tagged.unwrap();
+        routed.unwrap();
+        expired.unwrap();
         let rows = on_disk(&server.state()).await.nodes;
         let row = rows.iter().find(|row| row.id == node.id.0).unwrap();
         assert_eq!((row.name.as_str(), row.name_is_given), (name.as_str(), true));

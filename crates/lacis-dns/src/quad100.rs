@@ -42,7 +42,7 @@ impl Quad100 {
         let slots = Arc::new(Semaphore::new(FORWARDED));
         let tasks = TaskTracker::new();
         let (answers, mut answered) = mpsc::channel::<TcpAnswer>(FORWARDED);
-        let mut tcp = Tcp::new();
+        let mut tcp = Tcp::default();
         loop {
             let delay = tcp.delay().unwrap_or(NEVER);
             let mut questions = Vec::new();

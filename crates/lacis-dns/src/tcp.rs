@@ -103,8 +103,8 @@ pub struct Tcp {
     started: std::time::Instant,
 }
 
-impl Tcp {
-    pub fn new() -> Self {
+impl Default for Tcp {
+    fn default() -> Self {
         let mut wire = Wire::default();
         let mut config = Config::new(HardwareAddress::Ip);
         let nonce = lacis_wire::derp::random_nonce();
@@ -131,7 +131,9 @@ impl Tcp {
         stack.work();
         stack
     }
+}
 
+impl Tcp {
     fn now(&self) -> Instant {
         Instant::from_micros(i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX))
     }
@@ -261,7 +263,7 @@ mod tests {
     #[test]
     fn who_asks_and_does_not_read_is_held_back_until_it_reads() {
         let questions = [0, 1, b'?'].repeat(400);
-        let mut tcp = Tcp::new();
+        let mut tcp = Tcp::default();
         tcp.packet(segment(100, None, &[]));
         let mut read = end(&tcp.take_packets()[0]);
         let asked = tcp.packet(segment(101, Some(read), &questions));

@@ -53,9 +53,9 @@ fn refuse(core: &mut Core, peer: NodeKey, search: u32) {
 }
 
 impl Fresh {
-    pub(crate) fn timeout(&self) -> Option<Instant> {
+    pub(crate) fn timeout(&self) -> Instant {
         let question = self.question.as_ref().filter(|_| !self.asked).map(|question| question.next);
-        Some(question.map_or(self.unused_at, |at| at.min(self.unused_at)))
+        question.map_or(self.unused_at, |at| at.min(self.unused_at))
     }
 
     pub(crate) fn asked(state: &mut PeerState, core: &mut Core, now: Instant, search: u32) {
@@ -109,7 +109,7 @@ impl Fresh {
             }
         }
         if let Some(fresh) = &mut state.searches.fresh
-            && fresh.timeout().is_some_and(|at| at <= now)
+            && fresh.timeout() <= now
             && let Some(question) = &mut fresh.question
         {
             fresh.asked = !question.again(core, now);

@@ -173,7 +173,7 @@ impl Searches {
     pub(crate) fn timeout(&self) -> Option<Instant> {
         let opener = self.opener.as_ref().map(|opener| opener.next);
         let prober = self.prober.as_ref().map(|prober| prober.next);
-        let fresh = self.fresh.as_ref().and_then(Fresh::timeout);
+        let fresh = self.fresh.as_ref().map(Fresh::timeout);
         [opener, prober, fresh, self.next].into_iter().flatten().min()
     }
 

@@ -1,6 +1,8 @@
 //! Damaged packets: `fuzz/mutate.rs` says how many, `fuzz/src/tunnel.rs` what must hold; and the filter agrees with the
 //! slow one of its unit tests.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "../../../fuzz/mutate.rs"]
 #[allow(unreachable_pub, missing_debug_implementations)]
 mod mutate;

@@ -200,7 +200,8 @@ fn nets(nets: &[IpNet]) -> BTreeSet<IpNet> {
 
 /// A value's text without blanks, its members sorted.
 pub(crate) fn value_text(value: &RawJson) -> String {
-    serde_json::from_str::<Value>(value.as_str()).unwrap().to_string()
+    serde_json::from_str::<Value>(value.as_str())
+        .map_or_else(|error| error.to_string(), |value| value.to_string())
 }
 
 /// Values as texts, to be read; null and an empty list are the same flag.

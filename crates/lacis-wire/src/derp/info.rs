@@ -277,7 +277,7 @@ impl<'de> Deserialize<'de> for Object {
                 while let Some(key) = map.next_key::<String>()? {
                     match MEMBERS.iter().position(|member| key.eq_ignore_ascii_case(member)) {
                         Some(at) => {
-                            object.0[at] = map.next_value::<Option<Scalar>>()?.or(object.0[at].take())
+                            object.0[at] = map.next_value::<Option<Scalar>>()?.or(object.0[at].take());
                         }
                         None => drop(map.next_value::<IgnoredAny>()?),
                     }
