@@ -75,7 +75,7 @@ pub fn dns_answer(data: &[u8]) {
 
 /// Packets of the host to the resolver's addresses, one after the other.
 pub fn dns_packets(data: &[u8]) {
-    let mut tcp = fuzzing::Tcp::new();
+    let mut tcp = fuzzing::Tcp::default();
     let mut data = data;
     while let Some((&[high, low], rest)) = data.split_first_chunk() {
         let (packet, behind) = rest.split_at(usize::from(u16::from_be_bytes([high, low])).min(rest.len()));

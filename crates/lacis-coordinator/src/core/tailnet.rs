@@ -420,7 +420,7 @@ pub(super) mod tests {
             let node = (*network.snapshot().nodes[0]).clone();
             network.lock().put(node, What::Patch(patch(endpoints)));
         };
-        for _ in 0..MAX_LOG_CHANGES + 1 {
+        for _ in 0..=MAX_LOG_CHANGES {
             change(1);
         }
         let length = || network.log.lock().unwrap().changes.len();

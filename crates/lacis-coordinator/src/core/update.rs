@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(network.snapshot().head - before, u64::from(REPORT_BURST));
         assert_ne!(endpoints(), at(port));
         // The newest goes out when the budget allows, and nothing after that.
-        take_over_waiting(&network, calm + REPORT_INTERVAL - Duration::from_millis(1));
+        take_over_waiting(&network, calm + REPORT_INTERVAL / 2);
         assert_ne!(endpoints(), at(port));
         take_over_waiting(&network, calm + REPORT_INTERVAL);
         assert_eq!(endpoints(), at(port));
