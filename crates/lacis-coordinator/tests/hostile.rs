@@ -114,7 +114,8 @@ async fn of_many_requests_that_wait_for_one_registration_the_latest_waits() {
     let url = a.register(None).await.auth_url;
     let mut follow_up = a.register_request(None);
     follow_up.followup.clone_from(&url);
-    let waiting = futures_util::future::join_all((0..20).map(|_| a.send(&follow_up)));
+    // As many as a machine without a node may send at once.
+    let waiting = futures_util::future::join_all((0..8).map(|_| a.send(&follow_up)));
     let approve = async {
         // All but one are answered with the same page before that.
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
@@ -124,7 +125,7 @@ async fn of_many_requests_that_wait_for_one_registration_the_latest_waits() {
     let (replies, ()) = tokio::join!(waiting, approve);
     let joined = |reply: &&RegisterResponse| reply.machine_authorized && reply.auth_url.is_empty();
     assert_eq!(replies.iter().filter(joined).count(), 1);
-    assert_eq!(replies.iter().filter(|reply| reply.auth_url == url).count(), 19);
+    assert_eq!(replies.iter().filter(|reply| reply.auth_url == url).count(), 7);
     server.end().await;
 }
 
