@@ -31,7 +31,8 @@ pub(crate) fn response(query: &Message) -> Message {
     message.metadata = Metadata::response_from_request(&query.metadata);
     message.metadata.recursion_available = query.metadata.recursion_desired;
     message.metadata.response_code = ResponseCode::NoError;
-    message.add_queries(query.queries.iter().cloned());
+    // A message has one question (RFC 9619); many would make an answer longer than the asker takes.
+    message.add_queries(query.queries.first().cloned());
     if query.edns.is_some() {
         let mut edns = Edns::new();
         edns.set_max_payload(crate::resolver::MAX_UDP);

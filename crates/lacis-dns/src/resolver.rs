@@ -289,6 +289,19 @@ mod tests {
         assert!(!counts_fit(&query));
     }
 
+    #[test]
+    fn a_message_with_many_questions_gets_a_short_refusal() {
+        let resolver = Resolver::new(Options::default());
+        let mut many = Message::query();
+        for number in 0..200 {
+            let name = Name::from_ascii(format!("host{number}.lab.")).unwrap();
+            many.add_query(Query::query(name, RecordType::A));
+        }
+        let answer = resolver.answer_here(&many.to_vec().unwrap(), Transport::Udp).unwrap().unwrap();
+        assert!(answer.len() <= usize::from(PLAIN_UDP), "{} bytes", answer.len());
+        assert_eq!(answer[3] & 0x0f, 1, "FORMERR");
+    }
+
     proptest! {
         #[test]
         fn whatever_comes_it_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
