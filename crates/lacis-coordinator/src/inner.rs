@@ -18,9 +18,9 @@ use crate::core::Core;
 use crate::{map, register};
 
 /// Any machine key can send one. A client's has some 1 KiB, and 46 KiB with all the routes that a node can offer.
-const MAX_REGISTER_BODY: usize = 64 << 10;
+pub(crate) const MAX_REGISTER_BODY: usize = 64 << 10;
 /// Only nodes' are taken over. With all that a node can say of itself it has some 150 KiB.
-const MAX_MAP_BODY: usize = 256 << 10;
+pub(crate) const MAX_MAP_BODY: usize = 256 << 10;
 
 /// Who is at the other end of a Noise session.
 #[derive(Clone, Copy, Debug)]

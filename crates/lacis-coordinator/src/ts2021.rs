@@ -44,7 +44,7 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use crate::core::Core;
-use crate::inner::Session;
+use crate::inner::{MAX_MAP_BODY, MAX_REGISTER_BODY, Session};
 
 const PROTOCOL: &str = "tailscale-control-protocol";
 const HANDSHAKE: HeaderName = HeaderName::from_static("x-tailscale-handshake");
@@ -63,10 +63,6 @@ const MAX_STREAMS: u32 = 128;
 /// Requests at a time of a machine that has no node; it has a registration and its follow-up. HTTP/2 could say so, but
 /// not take it back when the machine has joined.
 const MAX_REQUESTS_OF_STRANGER: usize = 8;
-/// The body of a request: one is read at a time in each session.
-const MAX_BODY: usize = 256 << 10;
-/// The same for a machine that has no node. Registrations are a few KiB.
-const MAX_BODY_OF_STRANGER: usize = 64 << 10;
 /// For the body of a request, and for those before it.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Noise records are 4 KiB; whoever puts many of them into one message has the patience to make several.
@@ -334,7 +330,7 @@ impl Noise {
         if !was_node && requests.running.load(Ordering::Relaxed) > MAX_REQUESTS_OF_STRANGER {
             return Ok(StatusCode::TOO_MANY_REQUESTS.into_response());
         }
-        let limit = if was_node { MAX_BODY } else { MAX_BODY_OF_STRANGER };
+        let limit = if was_node { MAX_MAP_BODY } else { MAX_REGISTER_BODY };
         let (parts, body) = request.into_parts();
         // One at a time: what a session can make the program hold is one body.
         let read = tokio::time::timeout(BODY_TIMEOUT, async {
