@@ -125,7 +125,7 @@ pub struct Scenario {
     /// What will be built.
     pub plan: Plan,
     own: PathBuf,
-    release: PathBuf,
+    bin_dir: PathBuf,
     folder: PathBuf,
     programs: BTreeMap<String, PathBuf>,
     names_by_dns: bool,
@@ -170,7 +170,7 @@ impl Scenario {
         let script = folder.join("test.py");
         ensure!(script.is_file(), "{} is missing", script.display());
         let own = std::env::current_exe().context("where is this program?")?;
-        let release = own.parent().context("this program is in no folder")?.to_owned();
+        let bin_dir = own.parent().context("this program is in no folder")?.to_owned();
 
         extend_path();
         let peers = find_strangers(strangers, &topology)?;
@@ -186,13 +186,13 @@ impl Scenario {
             return Ok(None);
         }
         check_system(&topology)?;
-        let mut programs = own_programs(&release, &topology, &peers)?;
+        let mut programs = own_programs(&bin_dir, &topology, &peers)?;
         programs.insert("lacis-lab".to_owned(), own.clone());
         programs.extend(peers);
         programs.extend(build_programs(&folder, &topology)?);
         let plan = Plan::new(&name, &topology)?;
         let (names_by_dns, expect) = (topology.names_by_dns, topology.expect);
-        Ok(Some(Self { plan, own, release, folder, programs, names_by_dns, expect }))
+        Ok(Some(Self { plan, own, bin_dir, folder, programs, names_by_dns, expect }))
     }
 
     /// What the script is to measure against.
@@ -202,7 +202,7 @@ impl Scenario {
 
     /// Runs the script on a fresh network.
     pub fn once(&self, number: u32, how: &How) -> Result<Outcome> {
-        let logs = log_folder(&self.release, &self.plan.name, number)?;
+        let logs = log_folder(&self.bin_dir, &self.plan.name, number)?;
         let job = Job {
             plan: self.plan.clone(),
             programs: self.programs.clone(),
@@ -267,19 +267,15 @@ fn missing(topology: &Topology, found: &BTreeMap<String, PathBuf>) -> Vec<String
 
 /// The project's programs, from where this one was built; another build may be given as a peer.
 fn own_programs(
-    release: &Path,
+    bin_dir: &Path,
     topology: &Topology,
     given: &BTreeMap<String, PathBuf>,
 ) -> Result<BTreeMap<String, PathBuf>> {
     let mut programs = BTreeMap::new();
     let wanted = topology.services().into_iter().flat_map(|service| service.own_programs());
     for program in wanted.filter(|program| !given.contains_key(**program)) {
-        let path = release.join(program);
-        ensure!(
-            path.is_file(),
-            "{} is not built: ./scripts/lab builds it, or cargo build --release",
-            path.display()
-        );
+        let path = bin_dir.join(program);
+        ensure!(path.is_file(), "{} is not built: ./scripts/lab builds it, or cargo build", path.display());
         programs.insert((*program).to_owned(), path);
     }
     Ok(programs)
@@ -330,10 +326,10 @@ fn check_system(topology: &Topology) -> Result<()> {
 }
 
 /// `target/lab`, or a folder of the user's own where that is somebody else's.
-fn log_folder(release: &Path, name: &str, number: u32) -> Result<PathBuf> {
+fn log_folder(bin_dir: &Path, name: &str, number: u32) -> Result<PathBuf> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let own = format!("lacis-lab-{}", rustix::process::getuid().as_raw());
-    let bases = [release.parent().unwrap_or(release).join("lab"), std::env::temp_dir().join(own)];
+    let bases = [bin_dir.parent().unwrap_or(bin_dir).join("lab"), std::env::temp_dir().join(own)];
     let mut failures = Vec::new();
     for base in bases {
         let folder = base.join(format!("{name}-{seconds}-{}-{number}", std::process::id()));

@@ -66,9 +66,9 @@ impl Own {
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "error");
         }
-        let process = sys::die_with_parent(&mut command).spawn().with_context(|| {
-            format!("cannot start {}: is it built? (cargo build --release)", program.display())
-        })?;
+        let process = sys::die_with_parent(&mut command)
+            .spawn()
+            .with_context(|| format!("cannot start {}: is it built? (cargo build)", program.display()))?;
         let mut own = Self { url, socket, process, _folder: folder };
         let end = tokio::time::Instant::now() + START_LIMIT;
         while UnixStream::connect(&own.socket).await.is_err() {
