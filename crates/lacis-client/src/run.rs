@@ -66,13 +66,15 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     .await?;
     let port = if options.port == 0 { saved.port } else { options.port };
     let config = TunnelConfig { tun_name: options.tun.clone(), port, fwmark, ..TunnelConfig::default() };
-    let (tunnel, outputs) = Tunnel::start(config)?;
+    let resolver = lacis_dns::Resolver::new(lacis_dns::Options { fwmark });
+    let responder = resolver.clone();
+    let (tunnel, outputs) =
+        Tunnel::start(config, Box::new(move |packet, answer| responder.answer_packet(packet, answer)))?;
     saved.port = tunnel.udp_port().0;
 
     let (news, relay_news) = mpsc::channel(NEWS);
     let relays = Relays::new(tunnel.clone(), fwmark, news);
     tokio::spawn(relays.clone().carry(outputs.relay));
-    let resolver = lacis_dns::Resolver::new(lacis_dns::Options { fwmark });
     tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
     let (host_sender, host_news) = mpsc::channel(NEWS);
     let returns = saved.prefs.want_running && dir.has_netmap();

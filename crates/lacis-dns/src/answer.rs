@@ -10,7 +10,7 @@ use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use crate::state::DnsState;
 
 /// Addresses may change with a node's login; short enough not to notice.
-const TTL: u32 = 5;
+pub(crate) const TTL: u32 = 5;
 /// How long "there is no such name" may be remembered.
 const NEGATIVE_TTL: u32 = 10;
 /// Discovery names of Bonjour, which hosts ask for all the time and nobody on the internet knows.
@@ -126,7 +126,7 @@ fn addressed(state: &DnsState, query: &Message, question: &Query, addresses: &[I
 }
 
 /// Of the mesh's addresses only families that this node has itself are of use to it.
-fn is_of_use(state: &DnsState, ip: IpAddr) -> bool {
+pub(crate) fn is_of_use(state: &DnsState, ip: IpAddr) -> bool {
     let has_family = if ip.is_ipv4() { state.has_ipv4 } else { state.has_ipv6 };
     has_family || !crate::state::is_mesh(ip)
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 pub use crate::packet::Datagram;
 pub use crate::tcp::{ConnectionId, Tcp};
-use crate::{forward, packet};
+use crate::{Resolver, forward, inline, packet};
 
 /// Is this an answer to that question, with this id?
 pub fn is_answer(question: &[u8], answer: &[u8], id: u16) -> bool {
@@ -14,6 +14,13 @@ pub fn is_answer(question: &[u8], answer: &[u8], id: u16) -> bool {
 /// Name of a message's first question, and its type and class.
 pub fn first_question(message: &[u8]) -> Option<(&[u8], &[u8])> {
     forward::question(message)
+}
+
+/// What the packet thread answers to a message.
+pub fn answer_inline(resolver: &Resolver, question: &[u8]) -> Option<Vec<u8>> {
+    let mut space = [0; 1280];
+    let length = inline::answer(&resolver.state(), question, &mut space)?;
+    Some(space[..length].to_vec())
 }
 
 /// Takes a UDP packet apart.

@@ -9,6 +9,7 @@ mod answer;
 mod forward;
 #[doc(hidden)]
 pub mod fuzzing;
+mod inline;
 mod packet;
 mod quad100;
 mod resolver;

@@ -91,47 +91,63 @@ fn finish(mut sum: u32) -> u16 {
     !(sum as u16)
 }
 
+/// Bytes before the payload of a UDP packet.
+pub(crate) fn headers(destination: IpAddr) -> usize {
+    UDP_HEADER + if destination.is_ipv4() { IPV4_HEADER } else { IPV6_HEADER }
+}
+
 /// Puts a UDP packet together. `None` if the families differ or it is too long for one packet.
 pub(crate) fn build(datagram: &Datagram<'_>) -> Option<Bytes> {
-    let length = u16::try_from(UDP_HEADER + datagram.payload.len()).ok()?;
-    let mut packet = Vec::with_capacity(IPV6_HEADER + usize::from(length));
-    let mut pseudo = u32::from(UDP) + u32::from(length);
-    match (datagram.source, datagram.destination) {
+    let mut packet = vec![0; headers(datagram.destination)];
+    packet.extend_from_slice(datagram.payload);
+    let Datagram { source, destination, source_port, destination_port, .. } = *datagram;
+    write_headers(&mut packet, source, destination, source_port, destination_port)?;
+    Some(packet.into())
+}
+
+/// Writes the headers before a payload that is already in its place. `None` as for [`build`].
+pub(crate) fn write_headers(
+    packet: &mut [u8],
+    source: IpAddr,
+    destination: IpAddr,
+    source_port: u16,
+    destination_port: u16,
+) -> Option<()> {
+    let total = u16::try_from(packet.len()).ok()?;
+    let (ip, udp) = packet.split_at_mut_checked(headers(destination) - UDP_HEADER)?;
+    let length = u16::try_from(udp.len()).ok()?;
+    match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let total = length.checked_add(IPV4_HEADER as u16)?;
-            packet.extend_from_slice(&[0x45, 0]);
-            packet.extend_from_slice(&total.to_be_bytes());
             // No id and "do not fragment": it never is.
-            packet.extend_from_slice(&[0, 0, 0x40, 0, HOP_LIMIT, UDP, 0, 0]);
-            packet.extend_from_slice(&source.octets());
-            packet.extend_from_slice(&destination.octets());
-            let checksum = finish(sum(&packet, 0));
-            packet[10..12].copy_from_slice(&checksum.to_be_bytes());
-            pseudo = sum(&packet[12..20], pseudo);
+            ip[..12].copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, HOP_LIMIT, UDP, 0, 0]);
+            ip[2..4].copy_from_slice(&total.to_be_bytes());
+            ip[12..16].copy_from_slice(&source.octets());
+            ip[16..].copy_from_slice(&destination.octets());
+            let checksum = finish(sum(ip, 0));
+            ip[10..12].copy_from_slice(&checksum.to_be_bytes());
         }
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            packet.extend_from_slice(&[0x60, 0, 0, 0]);
-            packet.extend_from_slice(&length.to_be_bytes());
-            packet.extend_from_slice(&[UDP, HOP_LIMIT]);
-            packet.extend_from_slice(&source.octets());
-            packet.extend_from_slice(&destination.octets());
-            pseudo = sum(&packet[8..40], pseudo);
+            ip[..8].copy_from_slice(&[0x60, 0, 0, 0, 0, 0, UDP, HOP_LIMIT]);
+            ip[4..6].copy_from_slice(&length.to_be_bytes());
+            ip[8..24].copy_from_slice(&source.octets());
+            ip[24..].copy_from_slice(&destination.octets());
         }
         _ => return None,
     }
-    let udp = packet.len();
-    packet.extend_from_slice(&datagram.source_port.to_be_bytes());
-    packet.extend_from_slice(&datagram.destination_port.to_be_bytes());
-    packet.extend_from_slice(&length.to_be_bytes());
-    packet.extend_from_slice(&[0, 0]);
-    packet.extend_from_slice(datagram.payload);
+    // The addresses are the end of both headers.
+    let addresses = if ip.len() == IPV4_HEADER { &ip[12..] } else { &ip[8..] };
+    let pseudo = sum(addresses, u32::from(UDP) + u32::from(length));
+    udp[..2].copy_from_slice(&source_port.to_be_bytes());
+    udp[2..4].copy_from_slice(&destination_port.to_be_bytes());
+    udp[4..6].copy_from_slice(&length.to_be_bytes());
+    udp[6..UDP_HEADER].copy_from_slice(&[0, 0]);
     // Zero would mean "no checksum".
-    let checksum = match finish(sum(&packet[udp..], pseudo)) {
+    let checksum = match finish(sum(udp, pseudo)) {
         0 => 0xffff,
         other => other,
     };
-    packet[udp + 6..udp + 8].copy_from_slice(&checksum.to_be_bytes());
-    Some(packet.into())
+    udp[6..UDP_HEADER].copy_from_slice(&checksum.to_be_bytes());
+    Some(())
 }
 
 #[cfg(test)]

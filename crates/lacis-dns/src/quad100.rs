@@ -17,7 +17,7 @@ use crate::tcp::{ConnectionId, Tcp};
 pub const QUAD100_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
 pub const QUAD100_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
-const PORT: u16 = 53;
+pub(crate) const PORT: u16 = 53;
 /// Questions that are being passed on, by UDP and TCP together; what comes on top is dropped, and asked again by the
 /// host. Each holds its text, its answer (64 KiB at most) and the sockets to its resolvers.
 const FORWARDED: usize = 256;

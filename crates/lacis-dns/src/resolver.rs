@@ -1,8 +1,9 @@
 //! Answers DNS messages: from the state where it can, by passing them on where it must.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use hickory_proto::op::{Message, MessageType, ResponseCode};
 
 use crate::answer::{Decision, decide, failed};
@@ -12,9 +13,9 @@ use crate::state::DnsState;
 /// The largest UDP answer that is offered and taken.
 pub(crate) const MAX_UDP: u16 = 1232;
 /// What a client without EDNS takes.
-const PLAIN_UDP: u16 = 512;
+pub(crate) const PLAIN_UDP: u16 = 512;
 /// The shortest message: a header.
-const HEADER: usize = 12;
+pub(crate) const HEADER: usize = 12;
 /// The shortest question: the root's name, type, class.
 const MIN_QUESTION: usize = 5;
 /// The shortest record: the same, a time to live, and the length of its data.
@@ -37,7 +38,7 @@ pub struct Options {
 /// The resolver. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Resolver {
-    state: Arc<RwLock<Arc<DnsState>>>,
+    pub(crate) state: Arc<ArcSwap<DnsState>>,
     options: Options,
 }
 
@@ -48,11 +49,11 @@ impl Resolver {
 
     /// Answers with this from now on.
     pub fn set_state(&self, state: Arc<DnsState>) {
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        self.state.store(state);
     }
 
     pub fn state(&self) -> Arc<DnsState> {
-        Arc::clone(&self.state.read().unwrap_or_else(PoisonError::into_inner))
+        self.state.load_full()
     }
 
     /// Answers at once, if nobody else must be asked; otherwise the question comes back.

@@ -28,6 +28,14 @@ impl Default for TunnelConfig {
     }
 }
 
+/// Answers a packet to the resolver's addresses on the packet thread: writes the answer, a whole IP packet with its
+/// checksums, to the beginning of the space and returns its length. `None` sends the packet to
+/// [`crate::Outputs::quad100`]. It must not block.
+pub type Responder = Box<dyn FnMut(&[u8], &mut [u8]) -> Option<usize> + Send>;
+
+/// The longest answer of a [`Responder`]: what it gets as space.
+pub const MAX_RESPONSE: usize = 1280;
+
 /// One peer as the packet thread needs it.
 ///
 /// Peers whose key has expired, or that must not be talked to for another reason, are simply left out.

@@ -11,7 +11,8 @@
 //! - [`Outputs::relay`] carries sealed packets as ready DERP frames, [`Tunnel::relay_in`] takes the other direction;
 //! - [`Outputs::udp`] and [`Tunnel::send_udp`] share the sockets with path discovery and STUN;
 //!   [`Tunnel::open_socket`] opens more of them: a [`Way`] is a socket of ours and an address;
-//! - [`Outputs::quad100`] and [`Tunnel::inject`] connect the resolver that lives inside the device.
+//! - [`Outputs::quad100`] and [`Tunnel::inject`] connect the resolver that lives inside the device; what it can answer
+//!   without waiting, a [`Responder`] answers on the packet thread.
 
 mod checksum;
 mod coalesce;
@@ -32,7 +33,7 @@ mod tsmp;
 mod tunnel;
 mod worker;
 
-pub use config::{DEFAULT_MTU, Path, PeerConfig, SocketId, TunnelConfig, Way};
+pub use config::{DEFAULT_MTU, MAX_RESPONSE, Path, PeerConfig, Responder, SocketId, TunnelConfig, Way};
 pub use error::Error;
 pub use filter::{DropReason, Filter, Flows, Verdict};
 pub use outputs::{Event, Outputs, PongKind, RelayBatch, RelayOutput, SendFailure, UdpIn};

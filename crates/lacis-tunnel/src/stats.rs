@@ -92,6 +92,8 @@ counters! {
     commands_full,
     /// Dropped: the output for STUN and disco datagrams was full.
     udp_output_full,
+    /// Packets to the resolver that were answered on the packet thread.
+    quad100_answered,
     /// Dropped: the output to the resolver was full.
     quad100_full,
     /// Events lost: the output was full.

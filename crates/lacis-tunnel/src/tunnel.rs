@@ -11,7 +11,7 @@ use bytes::Bytes;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use tracing::{info, warn};
 
-use crate::config::{Path, PeerConfig, SocketId, TunnelConfig, Way};
+use crate::config::{Path, PeerConfig, Responder, SocketId, TunnelConfig, Way};
 use crate::error::Error;
 use crate::filter::Filter;
 use crate::outputs::{Event, Outputs, Senders};
@@ -78,11 +78,12 @@ impl std::fmt::Debug for Tunnel {
 }
 
 impl Tunnel {
-    /// Opens the TUN device (up, with its MTU, without addresses) and the UDP sockets, and starts the packet thread.
+    /// Opens the TUN device (up, with its MTU, without addresses) and the UDP sockets, and starts the packet thread,
+    /// which asks `responder` first about packets to the resolver's addresses.
     ///
     /// # Errors
     /// See [`Error`]: each says what to do. A taken UDP port is no error, see [`Event::PortTaken`].
-    pub fn start(config: TunnelConfig) -> Result<(Self, Outputs), Error> {
+    pub fn start(config: TunnelConfig, responder: Responder) -> Result<(Self, Outputs), Error> {
         let tun = Tun::open(&config.tun_name, config.mtu)?;
         let sockets = Sockets::open(config.port, config.fwmark)?;
         let ports = sockets.ports();
@@ -101,7 +102,7 @@ impl Tunnel {
             peers: ArcSwap::default(),
         });
         info!(tun = %name, mtu = config.mtu, v4 = ports.0, v6 = ports.1, offloads = %tun.offloads(), "tunnel opened");
-        let worker = Worker::new(Arc::clone(&shared), tun, sockets, senders);
+        let worker = Worker::new(Arc::clone(&shared), tun, sockets, senders, responder);
         let thread = std::thread::Builder::new()
             .name("packets".to_owned())
             .spawn(move || worker.run())

@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, error, warn};
 
 use crate::coalesce::{Coalescer, Sink};
-use crate::config::{SocketId, Way};
+use crate::config::{Responder, SocketId, Way};
 use crate::filter::{Filter, Flows};
 use crate::outputs::{Event, Senders};
 use crate::peers::{Identity, Peer, Peers};
@@ -80,6 +80,7 @@ pub(crate) struct Worker {
     local: Vec<IpAddr>,
     pings: Pings,
     out: Senders,
+    responder: Responder,
     now: Now,
     ticker: Ticker,
 }
@@ -109,8 +110,26 @@ impl Sink for TunSink<'_> {
     }
 }
 
+fn flush(coalescer: &mut Coalescer, tun: &Tun, counters: &Counters) {
+    if coalescer.is_empty() {
+        return;
+    }
+    let mut sink = TunSink { tun, counters, udp_refused: false };
+    coalescer.flush(&mut sink);
+    if sink.udp_refused {
+        warn!("the device refuses merged UDP: writing it singly from now on");
+        coalescer.stop_merging_udp();
+    }
+}
+
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, tun: Tun, sockets: Sockets, out: Senders) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        tun: Tun,
+        sockets: Sockets,
+        out: Senders,
+        responder: Responder,
+    ) -> Self {
         let offloads = tun.offloads();
         let mask = crate::sys::random() as u32;
         Self {
@@ -133,6 +152,7 @@ impl Worker {
             local: Vec::new(),
             pings: Pings::default(),
             out,
+            responder,
             now: Now::read(),
             ticker: Ticker::default(),
         }
@@ -249,15 +269,7 @@ impl Worker {
     }
 
     fn flush_tun(&mut self) {
-        if self.coalescer.is_empty() {
-            return;
-        }
-        let mut sink = TunSink { tun: &self.tun, counters: &self.shared.counters, udp_refused: false };
-        self.coalescer.flush(&mut sink);
-        if sink.udp_refused {
-            warn!("the device refuses merged UDP: writing it singly from now on");
-            self.coalescer.stop_merging_udp();
-        }
+        flush(&mut self.coalescer, &self.tun, &self.shared.counters);
     }
 
     fn receive_udp(&mut self, id: SocketId, v4: bool) {

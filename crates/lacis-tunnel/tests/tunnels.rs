@@ -8,7 +8,7 @@ mod common;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::{COPY, Side, by_relay, cable, copy, pair, skip};
+use common::{AT_ONCE, COPY, Side, by_relay, cable, copy, pair, skip};
 use lacis_tunnel::{Error, Event, Path, PongKind, RejectReason, Tunnel, TunnelConfig, Way};
 use lacis_wire::control::FilterRule;
 
@@ -208,13 +208,44 @@ fn the_resolver_gets_its_packets_and_answers() {
 }
 
 #[test]
+fn what_the_responder_answers_returns_at_once_and_does_not_leave() {
+    if skip("what_the_responder_answers_returns_at_once_and_does_not_leave") {
+        return;
+    }
+    const MANY: usize = 500;
+    let mut a = Side::new(6);
+    let v4 = a.v4;
+    let client = a.namespace.spawn(move || {
+        let socket = UdpSocket::bind((v4, 0)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let question =
+            |number: usize| [AT_ONCE, &vec![7; number % 100], number.to_string().as_bytes()].concat();
+        let mut data = [0; 200];
+        // Few at a time, so that no buffer overflows; equal lengths are merged, others are not.
+        for first in (0..MANY).step_by(50) {
+            for number in first..first + 50 {
+                socket.send_to(&question(number), "100.100.100.100:53").unwrap();
+            }
+            for number in first..first + 50 {
+                let (len, from) = socket.recv_from(&mut data).unwrap();
+                assert_eq!(data[..len], question(number));
+                assert_eq!(from, "100.100.100.100:53".parse().unwrap());
+            }
+        }
+    });
+    client.join().unwrap();
+    assert_eq!(a.tunnel.stats().quad100_answered, MANY as u64);
+    assert!(a.quad100.try_recv().is_err());
+}
+
+#[test]
 fn a_name_in_use_is_an_error_and_shutdown_removes_the_device() {
     if skip("a_name_in_use_is_an_error_and_shutdown_removes_the_device") {
         return;
     }
     let mut a = Side::new(4);
     let config = TunnelConfig { tun_name: a.tunnel.tun_name().to_owned(), ..TunnelConfig::default() };
-    let second = a.namespace.run(move || Tunnel::start(config).map(|_| ()));
+    let second = a.namespace.run(move || Tunnel::start(config, Box::new(|_, _| None)).map(|_| ()));
     assert!(matches!(second, Err(Error::NameInUse { .. })), "{second:?}");
     assert!(a.namespace.command("ip", "link show lt4").status.success());
     a.tunnel.shutdown();

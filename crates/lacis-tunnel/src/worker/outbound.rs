@@ -7,7 +7,7 @@ use boringtun::noise::TunnResult;
 
 use super::timers::{STALE, tick_peer};
 use super::{Now, Worker};
-use crate::config::Path;
+use crate::config::{MAX_RESPONSE, Path};
 use crate::filter::Verdict;
 use crate::outputs::{Event, Senders};
 use crate::packet::{Parsed, protocol};
@@ -35,10 +35,7 @@ impl Worker {
         };
         let packet = &mut packet[..parsed.len];
         if parsed.dst == QUAD100_V4 || parsed.dst == QUAD100_V6 {
-            if segment(header, packet, |packet| self.out.quad100(packet)).is_err() {
-                counters.out_malformed.add(1);
-            }
-            return;
+            return self.to_resolver(header, packet);
         }
         if parsed.proto == protocol::TSMP {
             counters.out_filtered.add(1);
@@ -82,6 +79,29 @@ impl Worker {
         }
         if peer.waiting && !had_waited {
             self.note_retry(slot);
+        }
+    }
+
+    /// Takes a packet to the resolver's addresses.
+    fn to_resolver(&mut self, header: VnetHeader, packet: &mut [u8]) {
+        let Self { coalescer, responder, out, tun, shared, .. } = self;
+        let counters = &shared.counters;
+        let result = segment(header, packet, |packet| {
+            if !coalescer.has_room(MAX_RESPONSE) {
+                super::flush(coalescer, tun, counters);
+            }
+            let space = &mut coalescer.space()[..MAX_RESPONSE];
+            let answer = responder(packet, space).and_then(|len| Parsed::new(space.get(..len)?));
+            match answer {
+                Some(parsed) => {
+                    counters.quad100_answered.add(1);
+                    coalescer.push(&parsed);
+                }
+                None => out.quad100(packet),
+            }
+        });
+        if result.is_err() {
+            counters.out_malformed.add(1);
         }
     }
 

@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
+use etherparse::{NetHeaders, PacketBuilder, TransportHeader};
 use ipnet::IpNet;
 use lacis_tunnel::{Event, Filter, Path, PeerConfig, RelayOutput, Tunnel, TunnelConfig, UdpIn};
 use lacis_wire::control::FilterRule;
@@ -159,7 +160,8 @@ impl Side {
             format!("fd7a:115c:a1e0::{number}").parse().unwrap(),
         );
         let config = TunnelConfig { tun_name: format!("lt{number}"), ..TunnelConfig::default() };
-        let (tunnel, outputs) = namespace.run(|| Tunnel::start(config)).expect("the tunnel starts");
+        let (tunnel, outputs) =
+            namespace.run(|| Tunnel::start(config, Box::new(at_once))).expect("the tunnel starts");
         let name = tunnel.tun_name().to_owned();
         namespace.ip("link set lo up");
         namespace.ip(&format!("addr add {v4}/32 dev {name}"));
@@ -210,6 +212,25 @@ impl Side {
             thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// What questions answered on the packet thread begin with; they come back as they are.
+pub const AT_ONCE: &[u8] = b"at once";
+
+fn at_once(packet: &[u8], space: &mut [u8]) -> Option<usize> {
+    let asked = etherparse::PacketHeaders::from_ip_slice(packet).ok()?;
+    let (Some(NetHeaders::Ipv4(ip, _)), Some(TransportHeader::Udp(udp))) = (asked.net, asked.transport)
+    else {
+        return None;
+    };
+    let payload = asked.payload.slice();
+    let mut reply = payload.starts_with(AT_ONCE).then(Vec::new)?;
+    PacketBuilder::ipv4(ip.destination, ip.source, 64)
+        .udp(udp.destination_port, udp.source_port)
+        .write(&mut reply, payload)
+        .ok()?;
+    space.get_mut(..reply.len())?.copy_from_slice(&reply);
+    Some(reply.len())
 }
 
 /// Two nodes that know each other and have no path yet.
