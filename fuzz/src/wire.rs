@@ -128,7 +128,9 @@ pub fn disco(data: &[u8]) {
         if let Ok((sender, _)) = own.open(data) {
             assert_eq!(claimed, Some(sender));
         }
-        if let Ok(message) = Message::parse(data) {
+        // No box of a datagram holds more.
+        let payload = &data[..data.len().min(disco::MAX_LEN - disco::WRAPPER_LEN - disco::TAG_LEN)];
+        if let Ok(message) = Message::parse(payload) {
             let sealed = peer.seal(&own_key, &message);
             assert!(disco::looks_like(&sealed));
             assert_eq!(own.open(&sealed), Ok((peer_key, message)));
