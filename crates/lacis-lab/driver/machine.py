@@ -285,7 +285,7 @@ class Machine:
                         unit.stop()
                         status = status if unit.start() else 1
                 case "reload":
-                    unit.kill(signal.SIGHUP)
+                    status = status if unit.reload() else 1
                 case "kill":
                     wanted = [o.split("=", 1)[1] for o in options if o.startswith("--signal=")] or ["SIGTERM"]
                     name = wanted[0] if wanted[0].startswith("SIG") else f"SIG{wanted[0]}"
