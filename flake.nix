@@ -14,12 +14,14 @@
       eachSystem = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
       packagesFor = pkgs: import ./nix/packages.nix { inherit pkgs; };
       # Topologies of the scenarios of tests/ that run nobody else's programs: services are those that virtual machines
-      # know how to run.
+      # know how to run. Optional hosts with others are left out there.
       topologies = lib.filterAttrs (
         _: topology:
         !(topology ? programs)
         && lib.subtractLists [ "coordinator" "relay" "lacisd" ] (
-          lib.concatMap (host: host.services or [ ]) (lib.attrValues topology.hosts)
+          lib.concatMap (host: host.services or [ ]) (
+            lib.filter (host: !(host.optional or false)) (lib.attrValues topology.hosts)
+          )
         ) == [ ]
       ) (
         lib.mapAttrs (name: _: fromTOML (builtins.readFile ./tests/${name}/topology.toml)) (
@@ -103,7 +105,18 @@
       formatter = eachSystem (pkgs: pkgs.nixfmt-tree);
 
       # nix build .#vm.roaming
-      legacyPackages = eachSystem (pkgs: { vm = vmTests pkgs; });
+      legacyPackages = eachSystem (pkgs: {
+        vm = vmTests pkgs;
+        # The modules and the documents' snippets, evaluated; the programs check what comes of them.
+        modules = import ./nix/module-tests.nix {
+          inherit nixpkgs;
+          scenarios = lib.attrNames topologies;
+          pkgs = import nixpkgs {
+            inherit (pkgs.stdenv.hostPlatform) system;
+            overlays = [ self.overlays.default ];
+          };
+        };
+      });
 
       checks = eachSystem (
         pkgs:

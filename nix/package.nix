@@ -3,6 +3,7 @@
 {
   lib,
   rustPlatform,
+  util-linux,
   pname ? "lacis",
   programs ? [
     "lacis"
@@ -11,6 +12,8 @@
     "lacis-relay"
   ],
   mainProgram ? "lacis",
+  # Lists of what a build sees.
+  sources ? [ ./source.txt ],
 }:
 let
   manifest = builtins.fromTOML (builtins.readFile ../Cargo.toml);
@@ -21,6 +24,7 @@ let
     lacis-relay = "lacis-relay";
     lacis-lab = "lacis-lab";
   };
+  lines = file: lib.filter (line: line != "") (lib.splitString "\n" (builtins.readFile file));
   units = lib.filter (unit: lib.elem (lib.removeSuffix ".service" unit) programs) (
     lib.attrNames (builtins.readDir ../packaging/systemd)
   );
@@ -29,17 +33,11 @@ rustPlatform.buildRustPackage {
   inherit pname;
   inherit (manifest.workspace.package) version;
 
-  # Only what the compiler reads: a change in docs or tests builds nothing anew.
+  # Only what compiler and tests read: a change in docs or scenarios builds nothing again. scripts/test runs the tests
+  # where they see the same files and no others.
   src = lib.fileset.toSource {
     root = ../.;
-    fileset = lib.fileset.unions [
-      ../Cargo.toml
-      ../Cargo.lock
-      ../crates
-      # Tests of the crates include its targets.
-      ../fuzz
-      ../packaging
-    ];
+    fileset = lib.fileset.unions (map (path: ../. + "/${path}") (lib.concatMap lines sources));
   };
   cargoLock.lockFile = ../Cargo.lock;
   cargoBuildFlags = lib.concatMap (program: [
@@ -55,7 +53,7 @@ rustPlatform.buildRustPackage {
 
   postInstall = lib.concatMapStrings (unit: ''
     install -Dm644 packaging/systemd/${unit} $out/lib/systemd/system/${unit}
-    substituteInPlace $out/lib/systemd/system/${unit} --replace-fail /usr/bin/ $out/bin/ --replace-quiet /bin/kill /run/current-system/sw/bin/kill
+    substituteInPlace $out/lib/systemd/system/${unit} --replace-fail /usr/bin/ $out/bin/ --replace-quiet /bin/kill ${util-linux}/bin/kill
   '') units;
 
   meta = {

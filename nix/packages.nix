@@ -32,5 +32,10 @@ in
     pname = "lacis-lab";
     programs = [ "lacis-lab" ];
     mainProgram = "lacis-lab";
+    # Its tests read the scenarios.
+    sources = [
+      ./source.txt
+      ./source-lab.txt
+    ];
   };
 }

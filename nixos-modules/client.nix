@@ -9,7 +9,10 @@
 let
   cfg = config.services.lacis.client;
   inStore = path: path != null && lib.hasPrefix builtins.storeDir path;
-  prefix = lib.types.strMatching "([0-9.]+|[0-9a-fA-F:]+)/[0-9]+";
+  addresses = import ./addresses.nix { inherit lib; };
+  firewall = config.networking.firewall;
+  isStrict = firewall.enable && (firewall.checkReversePath == true || firewall.checkReversePath == "strict");
+  flag = name: value: "--${name}=${if lib.isBool value then lib.boolToString value else value}";
   advertises = cfg.advertiseRoutes != [ ] || cfg.advertiseExitNode;
   uses = cfg.acceptRoutes || cfg.exitNode != null;
   routes = cfg.routing == "server" || cfg.routing == "both";
@@ -43,7 +46,7 @@ in
     };
 
     endpoints = lib.mkOption {
-      type = lib.types.listOf (lib.types.strMatching "([0-9.]+|\\[[0-9a-fA-F:]+]):[0-9]+");
+      type = lib.types.listOf addresses.types.endpoint;
       default = [ ];
       example = [
         "198.51.100.7:41641"
@@ -80,17 +83,44 @@ in
     };
 
     loginServer = lib.mkOption {
-      type = lib.types.nullOr (lib.types.strMatching "https?://.+");
+      type = lib.types.nullOr (lib.types.strMatching "https?://[^/?#]+/?");
       default = null;
       example = "https://mesh.example.org";
-      description = "URL of the coordinator. With {option}`authKeyFile` the machine joins by itself.";
+      description = ''
+        URL of the coordinator. With {option}`authKeyFile` the machine joins by itself; with another URL it leaves the network
+        that it is in.
+      '';
     };
 
     authKeyFile = lib.mkOption {
-      type = lib.types.nullOr lib.types.str;
+      type = lib.types.nullOr (lib.types.strMatching "/.+");
       default = null;
       example = "/run/secrets/lacis-auth-key";
-      description = "File with a pre-auth key, outside the Nix store. systemd hands it to the unit that signs in.";
+      description = ''
+        File with a pre-auth key, outside the Nix store. systemd hands it to the unit that signs in. It is used, and needs to be
+        there, only while the machine has no login.
+      '';
+    };
+
+    tags = lib.mkOption {
+      type = lib.types.nullOr (lib.types.listOf (lib.types.strMatching "tag:[a-zA-Z][a-zA-Z0-9-]*"));
+      default = null;
+      example = [ "tag:server" ];
+      description = "Tags that the machine asks for. `null` leaves them as they are.";
+    };
+
+    shieldsUp = lib.mkOption {
+      type = lib.types.nullOr lib.types.bool;
+      default = null;
+      example = true;
+      description = "Whether to refuse connections of others. `null` leaves it as it is.";
+    };
+
+    operator = lib.mkOption {
+      type = lib.types.nullOr lib.types.nonEmptyStr;
+      default = null;
+      example = "alice";
+      description = "A local user who may use {command}`lacis` without being root. `null` leaves it as it is.";
     };
 
     hostname = lib.mkOption {
@@ -115,7 +145,7 @@ in
     };
 
     advertiseRoutes = lib.mkOption {
-      type = lib.types.listOf prefix;
+      type = lib.types.listOf addresses.types.network;
       default = [ ];
       example = [ "192.168.1.0/24" ];
       description = "Networks that this machine routes for the mesh, once the coordinator approves.";
@@ -223,7 +253,28 @@ in
         assertion = cfg.exitNodeAllowLanAccess -> cfg.exitNode != null;
         message = "services.lacis.client.exitNodeAllowLanAccess is of use only with exitNode.";
       }
+      {
+        assertion = !lib.any (lib.hasSuffix "/0") cfg.advertiseRoutes;
+        message = "services.lacis.client.advertiseRoutes has a default route: set advertiseExitNode instead.";
+      }
+      {
+        assertion = (cfg.tags != null || cfg.shieldsUp != null || cfg.operator != null) -> cfg.loginServer != null;
+        message = "services.lacis.client: tags, shieldsUp and operator are set when the machine signs in; set loginServer and authKeyFile too, or use `lacis set`.";
+      }
+      {
+        assertion = !config.services.tailscale.enable;
+        message = "services.lacis.client and services.tailscale use the same routing table (52), rules, marks and resolver address: enable one of them.";
+      }
+      {
+        assertion = cfg.netfilterMode == "off" && uses -> !isStrict;
+        message = "services.lacis.client.netfilterMode = \"off\" with routes of others: the strict reverse-path filter of networking.firewall drops every answer. Leave it \"on\", or set networking.firewall.checkReversePath = \"loose\".";
+      }
     ];
+    warnings =
+      lib.optional (cfg.openFirewall && cfg.port == 0)
+        "services.lacis.client.openFirewall opens nothing, because the port is not known beforehand (port = 0)."
+      ++ lib.optional (cfg.netfilterMode == "nodivert" && uses && isStrict)
+        "services.lacis.client.netfilterMode = \"nodivert\" with routes of others: unless your own rules lead packets to the client's chains, the strict reverse-path filter of networking.firewall drops every answer.";
 
     environment.systemPackages = [ cfg.package ];
     boot.kernelModules = [ "tun" ];
@@ -242,6 +293,16 @@ in
       wantedBy = [ "multi-user.target" ];
       # One restart at the end of a switch, so that a deployment through the tunnel goes on.
       stopIfChanged = false;
+      # networking.proxy: the way to the coordinator and the relays, where only a proxy leads out.
+      environment = lib.filterAttrs (
+        name: _:
+        lib.elem name [
+          "http_proxy"
+          "https_proxy"
+          "all_proxy"
+          "no_proxy"
+        ]
+      ) config.networking.proxy.envVars;
       path = [
         pkgs.nftables
       ]
@@ -272,7 +333,8 @@ in
       ];
     };
 
-    # Signs in once; while the coordinator is away it tries again and holds nothing up (Type=exec).
+    # Signs in where the machine is not in the network, and otherwise only sets what is declared. While the coordinator is
+    # away it tries again and holds nothing up (Type=exec).
     systemd.services.lacis-up = lib.mkIf (cfg.loginServer != null) {
       description = "Sign in to the mesh";
       wantedBy = [ "multi-user.target" ];
@@ -284,36 +346,65 @@ in
         RemainAfterExit = true;
         Restart = "on-failure";
         RestartSec = "5s";
+        RestartSteps = 8;
+        RestartMaxDelaySec = "5min";
         LoadCredential = [ "auth-key:${cfg.authKeyFile}" ];
-        ExecStart = lib.concatStringsSep " " (
-          [
-            (utils.escapeSystemdExecArgs (
-              [
-                (lib.getExe' cfg.package "lacis")
-                "up"
-                "--reset"
-                "--login-server"
-                cfg.loginServer
-                "--accept-dns=${lib.boolToString cfg.acceptDns}"
-                "--accept-routes=${lib.boolToString cfg.acceptRoutes}"
-                "--advertise-routes=${lib.concatStringsSep "," cfg.advertiseRoutes}"
-                "--advertise-exit-node=${lib.boolToString cfg.advertiseExitNode}"
-                "--exit-node=${lib.optionalString (cfg.exitNode != null) cfg.exitNode}"
-                "--exit-node-allow-lan-access=${lib.boolToString cfg.exitNodeAllowLanAccess}"
-                "--snat-subnet-routes=${lib.boolToString cfg.snatSubnetRoutes}"
-                "--stateful-filtering=${lib.boolToString cfg.statefulFiltering}"
-                "--netfilter-mode=${cfg.netfilterMode}"
-                "--timeout"
-                "30s"
-              ]
-              ++ lib.optionals (cfg.hostname != null) [
-                "--hostname"
-                cfg.hostname
-              ]
-            ))
-          ]
-          ++ [ "--auth-key=file:%d/auth-key" ]
-        );
+        # What stands in for a key that is not there any more: nothing (systemd wants at least a character).
+        SetCredential = [ "auth-key:\\n" ];
+        ExecStart =
+          utils.escapeSystemdExecArgs (
+            [
+              (lib.getExe' cfg.package "lacis")
+              "up"
+              "--if-needed"
+              (flag "login-server" cfg.loginServer)
+              (flag "hostname" (if cfg.hostname == null then "" else cfg.hostname))
+              (flag "accept-dns" cfg.acceptDns)
+              (flag "accept-routes" cfg.acceptRoutes)
+              (flag "advertise-routes" (lib.concatStringsSep "," cfg.advertiseRoutes))
+              (flag "advertise-exit-node" cfg.advertiseExitNode)
+              (flag "exit-node" (if cfg.exitNode == null then "" else cfg.exitNode))
+              (flag "exit-node-allow-lan-access" cfg.exitNodeAllowLanAccess)
+              (flag "snat-subnet-routes" cfg.snatSubnetRoutes)
+              (flag "stateful-filtering" cfg.statefulFiltering)
+              (flag "netfilter-mode" cfg.netfilterMode)
+              "--timeout=30s"
+            ]
+            ++ lib.optional (cfg.tags != null) (flag "advertise-tags" (lib.concatStringsSep "," cfg.tags))
+            ++ lib.optional (cfg.shieldsUp != null) (flag "shields-up" cfg.shieldsUp)
+            ++ lib.optional (cfg.operator != null) (flag "operator" cfg.operator)
+          )
+          + " --auth-key=file:%d/auth-key";
+
+        # All it does is to talk to the daemon's socket.
+        CapabilityBoundingSet = "";
+        NoNewPrivileges = true;
+        PrivateNetwork = true;
+        RestrictAddressFamilies = [ "AF_UNIX" ];
+        PrivateDevices = true;
+        PrivateTmp = true;
+        PrivateIPC = true;
+        ProtectSystem = "strict";
+        ProtectHome = true;
+        ProtectProc = "invisible";
+        ProcSubset = "pid";
+        ProtectKernelTunables = true;
+        ProtectKernelModules = true;
+        ProtectKernelLogs = true;
+        ProtectControlGroups = true;
+        ProtectClock = true;
+        ProtectHostname = true;
+        RestrictNamespaces = true;
+        RestrictRealtime = true;
+        RestrictSUIDSGID = true;
+        LockPersonality = true;
+        MemoryDenyWriteExecute = true;
+        SystemCallArchitectures = "native";
+        SystemCallFilter = [
+          "@system-service"
+          "~@privileged @resources"
+        ];
+        UMask = "0077";
       };
     };
 

@@ -7,14 +7,54 @@
 }:
 let
   cfg = config.services.lacis.coordinator;
+  relay = config.services.lacis.relay;
   format = pkgs.formats.json { };
-  checked = import ./checked-settings.nix { inherit lib pkgs; } "lacis-coordinator" cfg;
+  addresses = import ./addresses.nix { inherit lib; };
+
+  # Policies whose file comes with the system: the coordinator reads each at a path that stays, so that another file is a
+  # reload and no restart.
+  isStored =
+    path: builtins.isPath path || lib.isDerivation path || lib.hasPrefix builtins.storeDir path;
+  stored = lib.mapAttrs (_: tailnet: tailnet.policy.path) (
+    lib.filterAttrs (_: tailnet: isStored (tailnet.policy.path or "")) cfg.settings.tailnets
+  );
+  # How the policy is written goes by its name.
+  placeOf =
+    name: path:
+    "lacis/policy/${name}.${
+      if lib.hasSuffix ".yaml" "${path}" || lib.hasSuffix ".yml" "${path}" then "yaml" else "hujson"
+    }";
+  settings = cfg.settings // {
+    tailnets = cfg.settings.tailnets // lib.mapAttrs inPlace stored;
+  };
+  inPlace =
+    name: path:
+    cfg.settings.tailnets.${name}
+    // {
+      policy.path = "/etc/${placeOf name path}";
+    };
+  checked = import ./checked-settings.nix { inherit lib pkgs; } "lacis-coordinator" {
+    inherit cfg settings;
+    declared = cfg.settings;
+  };
   # Policies are read again while the coordinator runs; where they come from, and the rest, is not.
-  fixed = cfg.settings // {
+  fixed = settings // {
     tailnets = lib.mapAttrs (
       _: tailnet: tailnet // { policy = tailnet.policy.path or (tailnet ? policy); }
-    ) cfg.settings.tailnets;
+    ) settings.tailnets;
   };
+
+  embedded = cfg.settings.embedded_relay or true;
+  stun = if embedded == false then [ ] else embedded.stun_listen or [ "[::]:3478" ];
+  open = lib.filter (address: !addresses.isLoopback address && addresses.portOf address != 0);
+  # A mistake in it is named when the settings are checked.
+  openStun = lib.optionals (lib.all addresses.types.listener.check stun) (open stun);
+  collisions =
+    what: ours: theirs:
+    lib.optional (lib.any (one: lib.any (addresses.collide one) theirs) ours) what;
+  shared =
+    collisions "TCP port" cfg.settings.listen relay.settings.listen
+    ++ collisions "UDP port (STUN)" openStun relay.settings.stun;
 in
 {
   options.services.lacis.coordinator = {
@@ -33,7 +73,7 @@ in
       type = lib.types.bool;
       default = false;
       example = true;
-      description = "Whether to open the listening TCP ports and, with the embedded relay, STUN's UDP port 3478.";
+      description = "Whether to open the TCP ports of `settings.listen` and the embedded relay's UDP ports for STUN, loopback left out.";
     };
 
     settings = lib.mkOption {
@@ -57,7 +97,7 @@ in
             description = "The one URL that every client and relay reaches the coordinator at.";
           };
           listen = lib.mkOption {
-            type = lib.types.listOf lib.types.str;
+            type = lib.types.listOf addresses.types.listener;
             default = [ "127.0.0.1:8080" ];
             example = [
               "0.0.0.0:443"
@@ -105,8 +145,8 @@ in
             description = "The networks of this coordinator, by name.";
             type = lib.types.attrsOf (
               lib.types.submodule {
-                # Among the rest is `policy`: its attributes are checked at build time, and a change of them reloads
-                # the coordinator instead of restarting it.
+                # Among the rest is `policy`: its attributes, or the file of `policy.path` if it comes with the system, are
+                # checked at build time, and a change of them reloads the coordinator instead of restarting it.
                 freeformType = format.type;
                 options.domain = lib.mkOption {
                   type = lib.types.nonEmptyStr;
@@ -131,9 +171,20 @@ in
         assertion = cfg.settings.tls == null || !lib.hasPrefix builtins.storeDir cfg.settings.tls.key_file;
         message = "services.lacis.coordinator.settings.tls.key_file is in the world-readable Nix store: give a path outside it.";
       }
+      {
+        assertion = relay.enable -> shared == [ ];
+        message = "services.lacis.coordinator and services.lacis.relay both listen on the same ${lib.concatStringsSep " and " shared}: change settings.listen or settings.stun of one of them, or set coordinator.settings.embedded_relay = false.";
+      }
     ];
+    warnings =
+      checked.warnings
+      ++ lib.optional (cfg.openFirewall && open cfg.settings.listen == [ ])
+        "services.lacis.coordinator.openFirewall opens no TCP port: the coordinator listens on loopback only. Open those of the proxy in front of it.";
 
-    environment.etc."lacis/coordinator.yaml".source = checked;
+    environment.etc = {
+      "lacis/coordinator.yaml".source = checked.file;
+    }
+    // lib.mapAttrs' (name: path: lib.nameValuePair (placeOf name path) { source = "${path}"; }) stored;
     environment.systemPackages = [ cfg.package ];
 
     users.groups.lacis = { };
@@ -149,13 +200,13 @@ in
     systemd.services.lacis-coordinator = {
       wantedBy = [ "multi-user.target" ];
       restartTriggers = [ (builtins.toJSON fixed) ];
-      reloadTriggers = [ checked ];
+      reloadTriggers = [ checked.file ] ++ map (path: "${path}") (lib.attrValues stored);
       stopIfChanged = false;
     };
 
     networking.firewall = lib.mkIf cfg.openFirewall {
-      allowedTCPPorts = map (address: lib.toInt (lib.last (lib.splitString ":" address))) cfg.settings.listen;
-      allowedUDPPorts = lib.optional ((cfg.settings.embedded_relay or true) != false) 3478;
+      allowedTCPPorts = lib.unique (map addresses.portOf (open cfg.settings.listen));
+      allowedUDPPorts = lib.unique (map addresses.portOf openStun);
     };
   };
 }

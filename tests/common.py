@@ -106,6 +106,17 @@ def join(hub, url, *clients):
         wait_for(lambda: peers(machine).keys() == names - {machine.name}, f"{machine.name} knows the others")
 
 
+def reboot(machine):
+    """Shuts a machine down and boots it. (Its own `reboot()` works only for machines that were started for it.)"""
+    machine.shutdown()
+    machine.start()
+
+
+def keep(name, text):
+    """Leaves a file among the run's results."""
+    (driver.out_dir / name).write_text(text)
+
+
 def address(machine, device="eth0", family=4):
     """Its IPv4 (or IPv6) address on a device."""
     said = machine.succeed(f"ip -{family} -brief address show dev {device} scope global")

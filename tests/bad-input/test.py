@@ -147,3 +147,12 @@ with subtest("malformed bytes close that one connection"):
     alice.succeed("lacis status")
     alice.succeed("lacis up", timeout=20)
     assert hub.get_unit_property("lacis-coordinator.service", "NRestarts") == "0"
+
+with subtest("coordinator: a certificate that comes later"):
+    hub.succeed("mv /etc/lacis/tls/cert.pem /etc/lacis/tls/later.pem")
+    hub.systemctl("kill --signal=SIGKILL lacis-coordinator.service")
+    restarts = lambda: int(hub.get_unit_property("lacis-coordinator.service", "NRestarts"))
+    wait_for(lambda: restarts() >= 3, "the coordinator is tried again")
+    hub.succeed("journalctl -u lacis-coordinator | grep 'cannot read /etc/lacis/tls/cert.pem: No such file'")
+    hub.succeed("mv /etc/lacis/tls/later.pem /etc/lacis/tls/cert.pem")
+    hub.wait_until_succeeds("lacis admin nodes list", timeout=10)

@@ -51,7 +51,7 @@ with subtest("a client that restarts now comes up from its cache"):
     talk()
 
 with subtest("so does a machine that reboots"):
-    bob.reboot()
+    reboot(bob)
     bob.wait_for_unit("lacisd.service", timeout=30)
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=30)
     talk()

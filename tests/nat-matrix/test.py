@@ -324,7 +324,7 @@ with subtest(f"{len(PAIRS)} pairs"):
     results = Tournament(PAIRS).run()
 
 if WISHES:
-    (driver.logs / "matrix.json").write_text(json.dumps(results))
+    keep("matrix.json", json.dumps(results))
 else:
     wrong = [f"{' - '.join(result['pair'])}: {'; '.join(result['wrong'])}" for result in results if result["wrong"]]
     assert not wrong, "not as expected:\n" + "\n".join(wrong)

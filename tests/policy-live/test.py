@@ -173,10 +173,10 @@ with subtest("a tag is had by whom the policy lets have it, and by whom an admin
 
 
 def file_policy(text):
-    """Replaces the file in one step, and tells the coordinator."""
+    """Replaces the file in one step, and reloads the coordinator; whether that worked."""
     put(hub, "/etc/lacis/policy.new", text)
     hub.succeed("mv -f /etc/lacis/policy.new /etc/lacis/policy.hujson")
-    hub.systemctl("reload lacis-coordinator.service")
+    return hub.systemctl("reload lacis-coordinator.service")[0] == 0
 
 
 with subtest("alice and web move to the network whose policy is a file"):
@@ -195,9 +195,11 @@ with subtest("a changed file is followed on reload"):
         opening = lambda: file_policy('{ "acls": [ { "action": "accept", "src": ["*"], "dst": ["*:7000,8000"] } ] }')
         within(SOON, opening, lambda: reaches(alice, host, limit=0.3), "port 8000 is open")
 
-with subtest("a broken file changes nothing, and the coordinator says what is wrong"):
-    file_policy('{\n  "acls": [ { "action": "accept", "src": ["*"], "dst": ["*:*" } ]\n}\n')
+with subtest("a broken file changes nothing, the reload fails, and the coordinator says what is wrong"):
+    assert not file_policy('{\n  "acls": [ { "action": "accept", "src": ["*"], "dst": ["*:*" } ]\n}\n')
     hub.wait_until_succeeds("journalctl -u lacis-coordinator | grep -E 'policy.hujson.*2(:|, column )[0-9]+'", timeout=10)
     assert reaches(alice, host)
-    file_policy('{ "acls": [] }')
+    failing = '{ "acls": [], "tests": [{ "src": "alice@", "accept": ["alice@:7000"] }] }'
+    assert not file_policy(failing), "its own tests fail"
+    assert file_policy('{ "acls": [] }')
     wait_for(lambda: not reaches(alice, host, limit=0.3), "nothing is allowed")

@@ -137,6 +137,7 @@ pub enum Error {
 }
 
 type TellRevoked = Box<dyn Fn(&NodeKey) + Send + Sync>;
+type ReadConfiguration = Box<dyn Fn() -> Result<Vec<TailnetConfig>, String> + Send + Sync>;
 
 struct Inner {
     config: CoreConfig,
@@ -153,6 +154,8 @@ struct Inner {
     last_node: AtomicI64,
     /// Told when a node key may no longer be used.
     on_revoked: OnceLock<TellRevoked>,
+    /// Reads the networks of the configuration as it is now.
+    configuration: OnceLock<ReadConfiguration>,
     registrations: prometheus_client::metrics::counter::Counter,
     streams: prometheus_client::metrics::gauge::Gauge<i64, AtomicI64>,
     frames: prometheus_client::metrics::counter::Counter<u64, AtomicU64>,
@@ -237,6 +240,7 @@ impl Core {
             last_user: AtomicI64::new(loaded.last_user),
             last_node: AtomicI64::new(loaded.last_node),
             on_revoked: OnceLock::new(),
+            configuration: OnceLock::new(),
             registrations: prometheus_client::metrics::counter::Counter::default(),
             streams: prometheus_client::metrics::gauge::Gauge::default(),
             frames: prometheus_client::metrics::counter::Counter::default(),
@@ -253,6 +257,16 @@ impl Core {
     pub fn on_revoked(&self, tell: impl Fn(&NodeKey) + Send + Sync + 'static) {
         if self.0.on_revoked.set(Box::new(tell)).is_err() {
             tracing::debug!("somebody is told of revoked keys already");
+        }
+    }
+
+    /// How the networks of the configuration are read again when policies are reloaded.
+    pub fn read_configuration_by(
+        &self,
+        read: impl Fn() -> Result<Vec<TailnetConfig>, String> + Send + Sync + 'static,
+    ) {
+        if self.0.configuration.set(Box::new(read)).is_err() {
+            tracing::debug!("the configuration has a source already");
         }
     }
 

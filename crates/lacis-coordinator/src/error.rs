@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::config::ConfigError;
+use crate::core::policy::PolicyError;
 
 /// Why the coordinator does not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -70,21 +71,20 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether it takes a person to heal it, in the configuration, certificate files or state directory: starting again
-    /// does not help.
+    /// Whether it takes a person to heal it, in the configuration or state directory: starting again does not help. Files
+    /// that the configuration only names (a certificate, a policy) may come later: they are tried again.
     pub fn is_config(&self) -> bool {
         use crate::core::Error as Core;
         use crate::store::Error as Store;
         use lacis_serve::Error as Serve;
-        matches!(
-            self,
+        match self {
             Self::Config(_)
-                | Self::MissingKey { .. }
-                | Self::Core(
-                    Core::UnknownTailnet { .. } | Core::Policy { .. } | Core::Store(Store::Missing { .. })
-                )
-                | Self::Serve(Serve::Certificate { .. } | Serve::Read { .. } | Serve::Tls(_))
-        )
+            | Self::MissingKey { .. }
+            | Self::Core(Core::UnknownTailnet { .. } | Core::Store(Store::Missing { .. }))
+            | Self::Serve(Serve::Tls(_)) => true,
+            Self::Core(Core::Policy { error, .. }) => !matches!(error, PolicyError::Read { .. }),
+            _ => false,
+        }
     }
 }
 

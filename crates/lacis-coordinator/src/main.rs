@@ -9,8 +9,8 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use lacis_coordinator::Error;
 use lacis_coordinator::config::{Config, schema};
+use lacis_coordinator::core;
 use lacis_coordinator::core::policy::{self, PolicyError, PolicySource};
-use lacis_coordinator::core::{self, Core};
 use lacis_coordinator::serve::Service;
 use lacis_serve::log::DEFAULT_FILTER;
 use lacis_serve::tls::Certificate;
@@ -122,6 +122,10 @@ async fn run(path: &Path, config: &Config, init: bool) -> Result<(), Error> {
     let mut hangup = on(SignalKind::hangup())?;
     let (certificate, core) = (service.certificate(), service.core().clone());
     let path = path.to_owned();
+    // Policies are the part of the configuration that can change while the program runs.
+    core.read_configuration_by(move || {
+        Config::load(&path).map(|config| config.core().tailnets).map_err(|error| error.to_string())
+    });
     let stopping = stop.clone();
     tokio::spawn(async move {
         loop {
@@ -132,7 +136,7 @@ async fn run(path: &Path, config: &Config, init: bool) -> Result<(), Error> {
                     // The service manager waits for the end of it.
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Reloading]);
                     reload(certificate.as_ref());
-                    reload_policies(&path, &core).await;
+                    core.reload_policies().await;
                     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
                 }
             }
@@ -157,17 +161,6 @@ fn reload(certificate: Option<&Arc<Certificate>>) {
         Ok(()) => tracing::info!("certificate read again"),
         Err(error) => tracing::error!(%error, "the new certificate cannot be used, the old one stays"),
     }
-}
-
-/// Policies are the part of the configuration that can change while the program runs.
-async fn reload_policies(path: &Path, core: &Core) {
-    let configured = Config::load(path).map(|config| config.core().tailnets).unwrap_or_else(|error| {
-        for line in error.to_string().lines() {
-            tracing::error!("the configuration cannot be read again, what is in it stays: {line}");
-        }
-        Vec::new()
-    });
-    core.reload_policies(&configured).await;
 }
 
 /// Each client holds one descriptor or more; the usual soft limit of 1024 is for programs that use select().

@@ -16,10 +16,10 @@ use tokio::sync::mpsc;
 use crate::core::{Core, Next, Subscription};
 use crate::inner::Session;
 
-/// Clients give up after 120 s without a frame, and proxies often after 60.
-const KEEP_ALIVE: Duration = Duration::from_secs(50);
+/// Clients give up after 120 s without a frame, and proxies often after 60 or 50.
+const KEEP_ALIVE: Duration = Duration::from_secs(40);
 /// So that many streams that began together do not wake together.
-const KEEP_ALIVE_SPREAD_MS: u64 = 9_000;
+const KEEP_ALIVE_SPREAD_MS: u64 = 5_000;
 /// Frames between the stream's task and the connection. A client that reads slowly is sent fewer, larger ones.
 const FRAMES_AHEAD: usize = 2;
 

@@ -273,10 +273,6 @@ fn metrics_listener(address: SocketAddr, given: bool) -> Result<Option<TcpListen
 /// What is allowed and probably not meant.
 fn warn_of_surprises(config: &Config, certificate: Option<&Certificate>) {
     let url = &config.server_url.0;
-    let plain = "clients reach an embedded relay by TLS only";
-    if !url.is_https() && config.embedded().is_some() {
-        tracing::warn!(server_url = %url, "server_url is http://: {plain}, so nodes without a direct path will not reach each other (use https://, or a relay of its own)");
-    }
     if let Some(certificate) = certificate {
         match certificate.is_for(url.host()) {
             Ok(false) => tracing::warn!(

@@ -50,8 +50,9 @@ const PROTOCOL: &str = "tailscale-control-protocol";
 const HANDSHAKE: HeaderName = HeaderName::from_static("x-tailscale-handshake");
 /// From the 101 to the client's first request; one that never asks anything is not kept.
 const FIRST_REQUEST: Duration = Duration::from_secs(30);
-/// A client that is gone without a word is noticed by pings that nobody answers: behind a proxy its connection stays.
-const PING_EVERY: Duration = Duration::from_mins(1);
+/// A client that is gone without a word is noticed by pings that nobody answers: behind a proxy its connection stays. Often
+/// enough that the proxy does not cut a session that waits (nginx: 60 s).
+const PING_EVERY: Duration = Duration::from_secs(40);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Sessions of machines that have no node: they sign in, or wait for approval.
 const STRANGERS: Capacity = Capacity { total: 512, each: 128 };

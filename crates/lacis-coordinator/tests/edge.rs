@@ -31,7 +31,7 @@ impl Running {
         let text = format!(
             "server_url: http://mesh.example.org\nlisten: [\"127.0.0.1:0\"]\nstate_dir: {}\n\
              tailnets: {{ lab: {{ domain: lab.example.com }} }}\nmetrics_listen: \"off\"\n\
-             embedded_relay: {{ stun_listen: [\"127.0.0.1:0\"], ipv4: 192.0.2.7 }}\n{more}\n",
+             embedded_relay: {{ stun_listen: [\"127.0.0.1:0\"], ipv4: 192.0.2.7, insecure_for_tests: true }}\n{more}\n",
             directory.path().join("state").display()
         );
         let config = Config::parse("test.yaml", &text).unwrap();

@@ -211,9 +211,23 @@ async fn a_policy_in_the_configuration_is_replaced_by_a_newer_one() {
     let mut stream = a.stream().await;
     assert!(stream.next().await.unwrap().peers.is_empty());
     let lab = server.core.tailnet("lab").unwrap().clone();
-    assert!(server.core.reload_policy(&lab).await.unwrap_err().to_string().contains("configuration"));
-    let open = ", policy: { acls: [{ action: accept, src: ['*'], dst: ['*:*'] }] }";
-    server.core.reload_policies(&common::config(Path::new("/unused"), open).core().tailnets).await;
+    let written = std::sync::Arc::new(std::sync::Mutex::new(Err("c.yaml:3:1: no such key".to_owned())));
+    server.core.read_configuration_by({
+        let written = std::sync::Arc::clone(&written);
+        move || written.lock().unwrap().clone()
+    });
+    let write = |policy: &str| {
+        *written.lock().unwrap() = Ok(common::config(Path::new("/unused"), policy).core().tailnets);
+    };
+    let refused = server.core.reload_policy(&lab).await.unwrap_err().to_string();
+    assert!(refused.contains("c.yaml:3:1"), "{refused}");
+    write(
+        ", policy: { acls: [{ action: accept, src: ['*'], dst: ['*:*'] }], tests: [{ src: bob@, deny: ['alice@:80'] }] }",
+    );
+    let refused = server.core.reload_policy(&lab).await.unwrap_err().to_string();
+    assert!(refused.contains("alice@:80"), "{refused}");
+    write(", policy: { acls: [{ action: accept, src: ['*'], dst: ['*:*'] }] }");
+    server.core.reload_policies().await;
     let frame = stream.until(|frame| !frame.peers_changed.is_empty()).await;
     assert_eq!(frame.peers_changed[0].name, "b.lab.example.com.");
     server.end().await;

@@ -93,3 +93,35 @@ fn a_corrupt_database_and_a_taken_port_end_in_one_line() {
         "{errors}"
     );
 }
+
+#[test]
+fn files_that_the_configuration_names_may_come_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path().display();
+    let text = |more: &str| {
+        format!(
+            "server_url: https://mesh.example.org\nlisten: [\"127.0.0.1:0\"]\nstate_dir: {at}/state\nmetrics_listen: \"off\"\n\
+             embedded_relay: {{ stun_listen: [] }}\n{more}\n"
+        )
+    };
+    // The cause is said, and the service manager tries again: 78 would be final.
+    let ends_with_1 = |config: &str, causes: &[&str]| {
+        let (code, _, errors) = run(&["serve", "--config", &file(directory.path(), config)]);
+        assert_eq!(code, 1, "{errors}");
+        for cause in causes {
+            assert!(errors.lines().any(|line| line.contains(cause)), "no {cause:?}: {errors}");
+        }
+    };
+    let tls = text(&format!(
+        "tls: {{ cert_file: {at}/cert.pem, key_file: {at}/key.pem }}\ntailnets: {{ lab: {{ domain: lab.example.com }} }}"
+    ));
+    ends_with_1(&tls, &["cert.pem: No such file"]);
+    std::fs::write(directory.path().join("cert.pem"), "").unwrap();
+    ends_with_1(&tls, &["cert.pem: it holds no certificate"]);
+    let policy =
+        format!("tailnets: {{ lab: {{ domain: lab.example.com, policy: {{ path: {at}/policy }} }} }}");
+    ends_with_1(&text(&policy), &["policy: No such file"]);
+    std::fs::write(directory.path().join("policy"), "{ \"acls\": 7 }").unwrap();
+    let (code, _, errors) = run(&["serve", "--config", &file(directory.path(), &text(&policy))]);
+    assert_eq!(code, 78, "what is in it does not heal: {errors}");
+}

@@ -36,11 +36,12 @@ class Lab:
         self.job = job
         self.name: str = plan["name"]
         self.began = time.monotonic()
-        self.logs = Path(job["logs"])
+        # The NixOS driver's name for where a script may leave files.
+        self.out_dir = Path(job["logs"])
         # What all scenarios of a folder share, if there is something, and the scenario's own.
         folder = Path(job["folder"])
         self.scripts = [folder.parent / "common.py", folder / "test.py"]
-        self.notes = (self.logs / "driver.log").open("a", buffering=1)
+        self.notes = (self.out_dir / "driver.log").open("a", buffering=1)
         self.verbose: bool = job["verbose"]
         self.depth = 0
         self.environment = {
@@ -149,7 +150,7 @@ class Lab:
 
     def stay(self) -> None:
         """Leaves everything up until somebody ends it."""
-        process = (self.logs / "pid").read_text().strip()
+        process = (self.out_dir / "pid").read_text().strip()
         host = self.hosts()[0].name
         print(f"\nAll is up until Ctrl-C. To get to a host, from another terminal:")
         print(f"  ./scripts/lab shell {host}")

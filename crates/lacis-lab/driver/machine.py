@@ -65,20 +65,21 @@ class Machine:
         self.node = node
         self.home = LAB / "hosts" / name
         self.booted = False
+        self.allow_reboot = False
         self.boots = 0
         self.first = 0
         self.supervisor: subprocess.Popen[str] | None = None
-        self.units = {data["name"]: Unit(self, data, lab.logs) for data in node["units"]}
+        self.units = {data["name"]: Unit(self, data, lab.out_dir) for data in node["units"]}
         self.starting = threading.RLock()
 
     # -- life ---------------------------------------------------------------
 
     def start(self, allow_reboot: bool = False) -> None:
         """Boots it; its services start by themselves. Does not wait for them."""
-        del allow_reboot  # A host made of namespaces can always be rebooted.
         with self.starting:
             if self.booted:
                 return
+            self.allow_reboot = allow_reboot
             command = [str(LAB / "bin" / "lacis-lab"), "boot", self.name]
             if self.boots:
                 command.append("--again")
@@ -132,9 +133,11 @@ class Machine:
         self.retry(lambda: not self.booted, "it is off", 60)
 
     def reboot(self) -> None:
-        """Shuts it down and boots it."""
+        """Shuts it down and boots it; as with the NixOS driver, only a machine that was started so (see `reboot` of common.py)."""
+        if not self.allow_reboot:
+            raise MachineError(f"{self.name}: reboot() needs start(allow_reboot=True)")
         self.shutdown()
-        self.start()
+        self.start(allow_reboot=True)
 
     def block(self) -> None:
         """Pulls its cable: links lose their carrier, addresses and routes stay."""
@@ -285,7 +288,7 @@ class Machine:
                         unit.stop()
                         status = status if unit.start() else 1
                 case "reload":
-                    unit.kill(signal.SIGHUP)
+                    status = status if unit.reload() else 1
                 case "kill":
                     wanted = [o.split("=", 1)[1] for o in options if o.startswith("--signal=")] or ["SIGTERM"]
                     name = wanted[0] if wanted[0].startswith("SIG") else f"SIG{wanted[0]}"
@@ -409,7 +412,7 @@ class Machine:
 
     def copy_from_vm(self, source: str, target_dir: str = "") -> None:
         """Copies a file or folder from the machine to where the run's logs are."""
-        target = self.lab.logs / target_dir
+        target = self.lab.out_dir / target_dir
         target.mkdir(parents=True, exist_ok=True)
         path = Path(source)
         command = ["tar", "-c", "-C", str(path.parent), path.name]
@@ -436,7 +439,7 @@ class Machine:
     def dump(self) -> None:
         """Writes what the kernel knows of the machine's network beside the logs."""
         script = "ip addr; ip rule; ip route show table all; ip -6 route show table all; nft list ruleset; ss -tunap; cat /proc/net/nf_conntrack; cat /etc/resolv.conf"
-        with (self.lab.logs / f"{self.name}.state").open("wb") as out:
+        with (self.lab.out_dir / f"{self.name}.state").open("wb") as out:
             for command in script.split("; "):
                 out.write(f"$ {command}\n".encode())
                 out.flush()

@@ -1,6 +1,6 @@
 """Units of a bare host: starts, watches and stops programs as their unit files say, where there is no systemd.
 
-A unit is what `units.rs` read from a unit file. Kept to: Type=notify, Restart=, RestartSec=,
+A unit is what `units.rs` read from a unit file. Kept to: Type=notify, ExecReload=, Restart=, RestartSec=,
 RestartPreventExitStatus=, StateDirectory=, RuntimeDirectory=, Environment=; a stop is SIGTERM to the whole group and
 SIGKILL after a while.
 """
@@ -173,6 +173,18 @@ class Unit:
     def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+
+    def reload(self) -> bool:
+        """Runs what ExecReload= says; whether all of it worked."""
+        for command in self.data["reload"]:
+            if command[1:] == ["-HUP", "$MAINPID"]:
+                self.kill(signal.SIGHUP)
+                continue
+            with self.log.open("ab") as log:
+                process = self.machine.spawn(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                if process.wait(START_LIMIT) != 0:
+                    return False
+        return True
 
     def main_pid(self) -> int:
         """Its process, as the machine itself numbers it."""

@@ -22,6 +22,8 @@ pub struct Unit {
     pub name: String,
     /// Program and arguments.
     pub command: Vec<String>,
+    /// Commands that reload it, one after the other; one that is `kill -HUP` sends it that signal.
+    pub reload: Vec<Vec<String>>,
     /// Whether it says when it is ready (`Type=notify`).
     pub notify: bool,
     /// `no`, `on-failure` or `always`.
@@ -66,6 +68,7 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
     let mut unit = Unit {
         name: name.to_owned(),
         command: Vec::new(),
+        reload: Vec::new(),
         notify: false,
         restart: "no".to_owned(),
         restart_delay: 0.1,
@@ -79,7 +82,8 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
         let Some((key, value)) = line.split_once('=') else { continue };
         match key {
             "Type" => unit.notify = value.starts_with("notify"),
-            "ExecStart" => unit.command = words(value),
+            "ExecStart" => unit.command = installed(words(value)),
+            "ExecReload" => unit.reload.push(installed(words(value))),
             "Restart" => value.clone_into(&mut unit.restart),
             "RestartSec" => unit.restart_delay = seconds(value)?,
             "RestartPreventExitStatus" => {
@@ -95,10 +99,20 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
             _ => {}
         }
     }
-    let Some(program) = unit.command.first_mut() else { bail!("the unit {name} has no ExecStart=") };
-    let base = program.rsplit('/').next().unwrap_or(program);
-    *program = format!("{PROGRAMS}/{base}");
+    if unit.command.is_empty() {
+        bail!("the unit {name} has no ExecStart=");
+    }
     Ok(unit)
+}
+
+/// A command whose program, if packages install it, is where the lab has it.
+fn installed(mut command: Vec<String>) -> Vec<String> {
+    if let Some(program) = command.first_mut()
+        && let Some(base) = program.strip_prefix("/usr/bin/").or_else(|| program.strip_prefix("/usr/sbin/"))
+    {
+        *program = format!("{PROGRAMS}/{base}");
+    }
+    command
 }
 
 fn seconds(text: &str) -> Result<f64> {
@@ -155,6 +169,9 @@ mod tests {
         assert_eq!(unit.command.last().unwrap(), "--verbose");
         assert!(unit.notify && unit.restart == "always" && unit.restart_prevent == [78]);
         assert_eq!((unit.state, unit.runtime), (vec!["lacis".to_owned()], vec!["lacis".to_owned()]));
+        let unit = of(Service::Coordinator, &[]).unwrap();
+        assert_eq!(unit.reload[0], ["/bin/kill", "-HUP", "$MAINPID"]);
+        assert_eq!(unit.reload[1], ["/run/lab/bin/lacis", "admin", "policy", "reload"]);
         for service in [
             Service::Coordinator,
             Service::Relay,

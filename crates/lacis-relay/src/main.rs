@@ -102,7 +102,7 @@ fn serve(config: &Config) -> Result<(), Failure> {
     })
 }
 
-/// Whether the error stays until somebody changes a file.
+/// Whether the error stays until somebody changes the configuration or the relay's key. A certificate may come later.
 fn is_config(error: &lacis_relay::Error) -> bool {
     use lacis_relay::Error;
     use lacis_serve::Error as Serve;
@@ -110,8 +110,6 @@ fn is_config(error: &lacis_relay::Error) -> bool {
         error,
         Error::Config { .. }
             | Error::Url { .. }
-            | Error::Serve(
-                Serve::Certificate { .. } | Serve::KeyFile { .. } | Serve::Exposed { .. } | Serve::Tls(_)
-            )
+            | Error::Serve(Serve::KeyFile { .. } | Serve::Exposed { .. } | Serve::Tls(_))
     )
 }

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A certificate file could not be read.
-    #[error("cannot read {path}: {error}")]
+    #[error(
+        "cannot read {path}: {error} (a certificate and its key must be there, and the user that runs the program must be able to read them)"
+    )]
     Read {
         /// Which file.
         path: PathBuf,

@@ -63,11 +63,12 @@ pub const RECV_PACKET_HEADER_LEN: usize = HEADER_LEN + KEY_LEN;
 pub const FORWARD_PACKET_HEADER_LEN: usize = HEADER_LEN + 2 * KEY_LEN;
 /// A complete `PeerGone` frame. The reason is always written: one client family needs it.
 pub const PEER_GONE_LEN: usize = HEADER_LEN + KEY_LEN + 1;
-/// How often a relay says that it is still there (plus up to [`KEEPALIVE_JITTER`]).
-pub const KEEPALIVE: Duration = Duration::from_mins(1);
+/// How often a relay says that it is still there (plus up to [`KEEPALIVE_JITTER`]). Proxies in front of it cut connections
+/// that are silent for 60 s (nginx' `proxy_read_timeout`) or 50 s (common for HAProxy's `timeout server`).
+pub const KEEPALIVE: Duration = Duration::from_secs(40);
 /// Spread of the keep-alives of many clients.
 pub const KEEPALIVE_JITTER: Duration = Duration::from_secs(5);
-/// A client that hears nothing for two keep-alive periods gives the connection up.
+/// A client that receives nothing for this long gives the connection up: two periods of the stock relay's 60 s.
 pub const CLIENT_READ_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// The frame types of the protocol.

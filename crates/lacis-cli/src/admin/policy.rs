@@ -4,13 +4,14 @@
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::Subcommand;
 use http::Method;
-use lacis_wire::admin::{PolicyFormat, PolicyInfo, PolicyProblem, PolicySource, SetPolicy};
+use lacis_wire::admin::{PolicyFormat, PolicyInfo, PolicyProblem, PolicySource, SetPolicy, TailnetInfo};
 
 use super::Coordinator;
-use crate::output;
+use crate::http::escaped;
+use crate::{one_line, output};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyCommand {
@@ -26,7 +27,7 @@ pub(super) enum PolicyCommand {
         /// HuJSON, or YAML when its name ends so; `-` for standard input
         file: PathBuf,
     },
-    /// Read the policy's file again
+    /// Read the policy's file, or the configuration that has it, again; of all networks unless one is named
     Reload,
     /// Take the policy away: everybody reaches everything again
     Delete,
@@ -34,10 +35,10 @@ pub(super) enum PolicyCommand {
 
 impl Coordinator {
     pub(super) async fn policy(&self, command: PolicyCommand) -> anyhow::Result<()> {
-        let path = self.path("/policy").await?;
+        let path = async || self.path("/policy").await;
         match command {
             PolicyCommand::Get => {
-                let info: PolicyInfo = self.get(&path).await?;
+                let info: PolicyInfo = self.get(&path().await?).await?;
                 if self.json {
                     return Ok(output::json(&info)?);
                 }
@@ -51,28 +52,65 @@ impl Coordinator {
                 Ok(())
             }
             PolicyCommand::Set { file } => {
-                let info: PolicyInfo = self.send_json(Method::PUT, &path, &read(&file)?).await?;
+                let info: PolicyInfo = self.send_json(Method::PUT, &path().await?, &read(&file)?).await?;
                 warn(&info.warnings);
                 self.one(&info, || "the policy is in force".to_owned())
             }
             PolicyCommand::Check { file } => {
-                let warnings: Vec<PolicyProblem> = self.post(&format!("{path}/check"), &read(&file)?).await?;
+                let path = format!("{}/check", path().await?);
+                let warnings: Vec<PolicyProblem> = self.post(&path, &read(&file)?).await?;
                 warn(&warnings);
                 self.one(&warnings, || format!("{}: this policy can be put in force", file.display()))
             }
-            PolicyCommand::Reload => {
-                let info: PolicyInfo = self.post(&format!("{path}/reload"), &()).await?;
-                warn(&info.warnings);
-                self.one(&info, || match info.source {
-                    PolicySource::File => "the policy's file was read again, and is in force".to_owned(),
-                    _ => "the policy is in the database, and in force".to_owned(),
-                })
-            }
+            PolicyCommand::Reload => self.reload_policies().await,
             PolicyCommand::Delete => {
-                let info: PolicyInfo = self.send_json(Method::DELETE, &path, &()).await?;
+                let info: PolicyInfo = self.send_json(Method::DELETE, &path().await?, &()).await?;
                 self.one(&info, || "there is no policy any more: everybody reaches everything".to_owned())
             }
         }
+    }
+
+    /// Reads policies again; one that is refused does not keep the others from it.
+    async fn reload_policies(&self) -> anyhow::Result<()> {
+        let names = match &self.tailnet {
+            Some(name) => vec![name.clone()],
+            None => {
+                let all: Vec<TailnetInfo> = self.get("/tailnets").await?;
+                all.into_iter().map(|one| one.name).collect()
+            }
+        };
+        let several = names.len() > 1;
+        let (mut infos, mut refused) = (Vec::new(), Vec::new());
+        for name in names {
+            let of = if several { format!("{name}: ") } else { String::new() };
+            let path = format!("/tailnets/{}/policy/reload", escaped(&name));
+            match self.post::<PolicyInfo>(&path, &()).await {
+                Ok(info) => {
+                    warn(&info.warnings);
+                    if !self.json {
+                        output::line(format!("{of}{}", reloaded(info.source)));
+                    }
+                    infos.push(info);
+                }
+                Err(error) => refused.push(format!("{of}{}", one_line(&error))),
+            }
+        }
+        if self.json {
+            match infos.as_slice() {
+                [only] if !several => output::json(only)?,
+                _ if several => output::json(&infos)?,
+                _ => {}
+            }
+        }
+        if refused.is_empty() { Ok(()) } else { Err(anyhow!(refused.join("\n"))) }
+    }
+}
+
+fn reloaded(source: PolicySource) -> &'static str {
+    match source {
+        PolicySource::File => "the policy's file was read again, and is in force",
+        PolicySource::Configuration => "the policy in the configuration was read again, and is in force",
+        PolicySource::Database => "the policy is in the database, and in force",
     }
 }
 

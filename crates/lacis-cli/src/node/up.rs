@@ -3,6 +3,8 @@
 //! The order of the requests is that of Tailscale's command (the client dossier, sections 5.4 and 12.5), so both can
 //! talk to both daemons: look, refuse what would lose settings, listen on the bus, start, wait for "Running".
 
+mod if_needed;
+
 use std::io::Read as _;
 use std::path::Path;
 use std::time::Duration;
@@ -40,6 +42,9 @@ pub(crate) struct Up {
     /// Log in anew even if logged in
     #[arg(long)]
     force_reauth: bool,
+    /// Log in only where this node is not in the network yet; settings that are not mentioned stay as they are
+    #[arg(long, conflicts_with_all = ["reset", "force_reauth"])]
+    if_needed: bool,
     /// How long to wait for the connection; 0s is for ever
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -54,10 +59,13 @@ pub(crate) struct Up {
 impl Up {
     pub(crate) async fn run(self, daemon: &Daemon) -> Result<(), Failure> {
         let _ = &self.accept_risk;
-        let auth_key = self.auth_key.as_deref().map(read_key).transpose()?;
-        let status = daemon.status(true).await?;
-        let prefs = daemon.prefs().await?;
-        let plan = self.plan(&status, &prefs)?;
+        let (plan, auth_key) = if self.if_needed {
+            self.prepare_if_needed(daemon).await?
+        } else {
+            let auth_key = self.auth_key.as_deref().map(read_key).transpose()?;
+            let status = daemon.status(true).await?;
+            (self.plan(&status, &daemon.prefs().await?)?, auth_key)
+        };
         let work = async {
             self.carry_out(daemon, plan, auth_key).await?;
             self.flags.warn(daemon).await;
@@ -295,11 +303,11 @@ mod tests {
         up: Up,
     }
 
-    fn up(arguments: &[&str]) -> Up {
+    pub(super) fn up(arguments: &[&str]) -> Up {
         Line::parse_from([&["up"], arguments].concat()).up
     }
 
-    fn known() -> Prefs {
+    pub(super) fn known() -> Prefs {
         let profile = UserProfile { login_name: "alice".into(), ..UserProfile::default() };
         Prefs {
             control_url: "https://mesh.example".into(),
@@ -309,7 +317,7 @@ mod tests {
         }
     }
 
-    fn in_state(state: &str) -> Status {
+    pub(super) fn in_state(state: &str) -> Status {
         Status { backend_state: state.into(), have_node_key: state != "NeedsLogin", ..Status::default() }
     }
 

@@ -68,6 +68,10 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
             );
         }
         regions.insert(relay.id, relay.code.clone());
+        if !config.server_url.0.is_https() && !relay.insecure_for_tests {
+            let message = "clients reach the embedded relay by TLS only: use https://, or embedded_relay: false with a relay of its own in relays";
+            wrong(&["server_url"], message.to_owned());
+        }
         let ports: Vec<u16> = relay.stun_listen.iter().map(|address| address.0.port()).collect();
         if ports.iter().any(|port| *port != ports[0]) {
             wrong(&["embedded_relay", "stun_listen"], "all addresses must have the same port".to_owned());

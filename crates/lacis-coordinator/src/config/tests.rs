@@ -128,6 +128,8 @@ fn each_bad_file_is_told_where_and_what_in_one_line() {
          format!("c.yaml:2:9: /listen: expected a list, each item {ADDRESS}, found none")),
         (with_line(1, "server_url: mesh.example.org"),
          format!("c.yaml:1:13: /server_url: {URL}, found \"mesh.example.org\"")),
+        (with_line(1, "server_url: http://mesh.example.org"),
+         "c.yaml:1:13: /server_url: clients reach the embedded relay by TLS only: use https://, or embedded_relay: false with a relay of its own in relays".into()),
         (with_line(1, "server_url:"), format!("c.yaml:1:11: /server_url: {URL}, found nothing")),
         (with_line(1, ""), format!("c.yaml:2:1: the key \"server_url\" is missing: {URL}")),
         (with_line(3, "state_dir: state"),

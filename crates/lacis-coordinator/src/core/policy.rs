@@ -303,40 +303,56 @@ impl Core {
         Ok(usable(tailnet, wish)?.warnings().iter().map(problem).collect())
     }
 
-    /// Reads the policy's file again.
+    /// Reads the policy again, from its file or from the configuration as it is now.
     ///
     /// # Errors
-    /// When it cannot be used (the old one stays), or is no file.
+    /// When it cannot be used; the old one stays.
     pub async fn reload_policy(&self, tailnet: &Tailnet) -> Result<PolicyInfo, AdminError> {
-        match &tailnet.settings.policy {
-            PolicySource::File(_) => tailnet.read_again().await.map_err(|error| refused(&error))?,
-            PolicySource::Database => {}
-            PolicySource::Configuration(_) => return Err(AdminError::PolicyInConfiguration),
-        }
+        let source = self.configured_policy(tailnet).map_err(|error| refused(&error))?;
+        let outcome = match (&tailnet.settings.policy, source) {
+            (PolicySource::Configuration(_), Some(PolicySource::Configuration(text))) => {
+                let _turn = tailnet.policy_turn.lock().await;
+                tailnet.adopt(parse(&text, Format::HuJson), None)
+            }
+            (now, Some(other)) if *now != other => {
+                tracing::warn!(
+                    tailnet = tailnet.settings.name,
+                    "that the policy comes from elsewhere takes effect at the next start"
+                );
+                tailnet.read_again().await
+            }
+            _ => tailnet.read_again().await,
+        };
+        outcome.map_err(|error| refused(&error))?;
         Ok(self.policy(tailnet))
     }
 
-    /// Reads policies again, from their files and from the configuration as it is now. What cannot be used is logged,
-    /// and the old one stays.
-    pub async fn reload_policies(&self, configured: &[TailnetConfig]) {
+    /// Where the configuration, as it is now, has the policy of a network.
+    fn configured_policy(&self, tailnet: &Tailnet) -> Result<Option<PolicySource>, PolicyError> {
+        let Some(read) = self.0.configuration.get() else { return Ok(None) };
+        match read() {
+            Ok(configured) => {
+                let own = configured.into_iter().find(|one| one.name == tailnet.settings.name);
+                Ok(own.map(|own| own.policy))
+            }
+            Err(text) => {
+                for line in text.lines() {
+                    tracing::error!("the configuration cannot be read again, what is in it stays: {line}");
+                }
+                // A policy elsewhere does not depend on it.
+                match &tailnet.settings.policy {
+                    PolicySource::Configuration(_) => Err(PolicyError::Invalid(text)),
+                    _ => Ok(None),
+                }
+            }
+        }
+    }
+
+    /// Reads all policies again. What cannot be used is logged, and the old one stays.
+    pub async fn reload_policies(&self) {
         for tailnet in self.tailnets() {
-            let own = configured.iter().find(|one| one.name == tailnet.settings.name);
-            let outcome = match (&tailnet.settings.policy, own.map(|own| &own.policy)) {
-                (PolicySource::Configuration(_), Some(PolicySource::Configuration(text))) => {
-                    let _turn = tailnet.policy_turn.lock().await;
-                    tailnet.adopt(parse(text, Format::HuJson), None)
-                }
-                (_, Some(other)) if *other != tailnet.settings.policy => {
-                    tracing::warn!(
-                        tailnet = tailnet.settings.name,
-                        "that the policy comes from elsewhere takes effect at the next start"
-                    );
-                    tailnet.read_again().await
-                }
-                _ => tailnet.read_again().await,
-            };
-            // It has been said.
-            drop(outcome);
+            // It has been logged.
+            let _ = self.reload_policy(tailnet).await;
         }
     }
 

@@ -96,7 +96,7 @@ pub(crate) fn config_text(state: &Path, lab: &str) -> String {
     format!(
         "server_url: http://mesh.example.org\nlisten: [\"127.0.0.1:0\"]\nstate_dir: {}\n\
          tailnets: {{ lab: {{ domain: lab.example.com{lab} }}, other: {{ domain: other.example.com }} }}\n\
-         metrics_listen: \"off\"\nembedded_relay: {{ stun_listen: [\"127.0.0.1:0\"], ipv4: 192.0.2.7 }}\n\
+         metrics_listen: \"off\"\nembedded_relay: {{ stun_listen: [\"127.0.0.1:0\"], ipv4: 192.0.2.7, insecure_for_tests: true }}\n\
          ephemeral_timeout: 1s\n",
         state.display()
     )

@@ -54,7 +54,7 @@ impl Own {
             "state_dir": folder.path().join("state"),
             "admin_socket": socket,
             "metrics_listen": "off",
-            "embedded_relay": { "stun_listen": [] },
+            "embedded_relay": { "stun_listen": [], "insecure_for_tests": true },
             "tailnets": { TAILNET: { "domain": "load.example.org" } },
         });
         let file = folder.path().join("coordinator.yaml");

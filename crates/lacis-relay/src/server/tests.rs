@@ -337,7 +337,7 @@ async fn a_reader_that_takes_nothing_for_two_seconds_is_closed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_client_hears_a_keep_alive_every_minute_or_a_little_later() {
+async fn an_idle_client_gets_keep_alives_before_a_proxy_cuts_it_off() {
     let relay = relay();
     let mut a = Peer::connect(&relay, NodePrivateKey::generate(), 1 << 16);
     a.hello(&ClientInfo::default()).await;
@@ -349,7 +349,7 @@ async fn an_idle_client_hears_a_keep_alive_every_minute_or_a_little_later() {
         a.stream.read_exact(&mut byte).await.unwrap();
         assert_eq!(byte, [6, 0, 0, 0, 0]);
         let waited = started.elapsed();
-        assert!((Duration::from_mins(1)..=Duration::from_secs(66)).contains(&waited), "{waited:?}");
+        assert!((Duration::from_secs(40)..=Duration::from_secs(45)).contains(&waited), "{waited:?}");
     }
 }
 
