@@ -2,10 +2,12 @@
 //! know these paths.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, head, post};
 use axum::{Json, Router};
@@ -15,7 +17,7 @@ use lacis_wire::key::MachineKey;
 use serde_json::json;
 
 use crate::core::Core;
-use crate::{map, register};
+use crate::{fault, map, register};
 
 /// Any machine key can send one. A client's has some 1 KiB, and 46 KiB with all the routes that a node can offer.
 pub(crate) const MAX_REGISTER_BODY: usize = 64 << 10;
@@ -35,6 +37,7 @@ pub struct Session {
 pub fn router(core: Core) -> Router {
     Router::new()
         .route("/machine/register", post(register))
+    let faults = middleware::from_fn_with_state(Arc::clone(core.log()), fault::log);
         .route("/machine/map", post(map).layer(DefaultBodyLimit::max(MAX_MAP_BODY)))
         .route("/machine/whoami", get(whoami))
         .route("/machine/ping-response", head(ping_response))
@@ -51,6 +54,7 @@ pub fn router(core: Core) -> Router {
         .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
         .with_state(core)
 }
+        .layer(faults)
 
 /// The body is gone afterwards: an answer may take minutes.
 fn decode<T: serde::de::DeserializeOwned>(body: Bytes) -> Result<T, (StatusCode, String)> {
@@ -136,10 +140,7 @@ async fn ssh_action(
     match action {
         Ok(Some(action)) => Json(action).into_response(),
         Ok(None) => StatusCode::NOT_FOUND.into_response(),
-        Err(error) => {
-            tracing::error!(%error, "an SSH session cannot be checked");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
+        Err(error) => fault::because(&error, StatusCode::INTERNAL_SERVER_ERROR, ()),
     }
 }
 
@@ -148,7 +149,8 @@ async fn accepted() -> Response {
 }
 
 async fn unsupported() -> Response {
-    (StatusCode::NOT_IMPLEMENTED, "not supported by this server").into_response()
+    let text = "not supported by this server";
+    fault::with_cause(text, (StatusCode::NOT_IMPLEMENTED, text))
 }
 
 async fn not_found() -> Response {

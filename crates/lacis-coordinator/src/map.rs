@@ -14,6 +14,7 @@ use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::mpsc;
 
 use crate::core::{Core, Next, Subscription};
+use crate::fault;
 use crate::inner::Session;
 
 /// Clients give up after 120 s without a frame, and proxies often after 60.
@@ -52,8 +53,11 @@ pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
         Ok(None) => not_found(),
         Ok(Some(body)) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(error) => {
-            tracing::error!(node = node.name, %error, "a network map could not be encoded");
-            (StatusCode::INTERNAL_SERVER_ERROR, "the network map could not be encoded").into_response()
+            let text = "the network map could not be encoded";
+            fault::with_cause(
+                format!("{text} for {}: {}", node.name, fault::chain(&error)),
+                (StatusCode::INTERNAL_SERVER_ERROR, text),
+            )
         }
     }
 }

@@ -20,6 +20,7 @@ use lacis_wire::key::MachineKey;
 use tokio::sync::Mutex;
 
 use crate::core::{Core, names};
+use crate::fault;
 use crate::ts2021::{self, Noise};
 
 /// Below this version `/key` gives nothing, as the protocol has it: such clients know no Noise.
@@ -118,16 +119,13 @@ fn version() -> Vec<u8> {
 }
 
 async fn health(State(core): State<Core>) -> Response {
-    let (status, text) = match core.health().await {
-        Ok(()) => (StatusCode::OK, "{\"status\":\"pass\"}"),
+    let headers = [(CONTENT_TYPE, "application/health+json"), (CACHE_CONTROL, "no-store")];
+    match core.health().await {
+        Ok(()) => (headers, "{\"status\":\"pass\"}").into_response(),
         Err(error) => {
-            if let Some(suppressed) = core.log().allow("not healthy", ()) {
-                tracing::error!(%error, suppressed, "not healthy");
-            }
-            (StatusCode::INTERNAL_SERVER_ERROR, "{\"status\":\"fail\"}")
+            fault::because(&error, StatusCode::INTERNAL_SERVER_ERROR, (headers, "{\"status\":\"fail\"}"))
         }
-    };
-    (status, [(CONTENT_TYPE, "application/health+json"), (CACHE_CONTROL, "no-store")], text).into_response()
+    }
 }
 
 /// Relays ask whether a node may use them.

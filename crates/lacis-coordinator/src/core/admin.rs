@@ -56,11 +56,22 @@ pub enum AdminError {
     #[error("the policy of this network is in the coordinator's configuration")]
     PolicyInConfiguration,
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(Refused),
     #[error(transparent)]
     Store(#[from] store::Error),
     #[error("the system has no randomness: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+impl From<Refused> for AdminError {
+    /// A fault of ours is none of the node's: an administrator is sent the cause.
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Store(error) => Self::Store(error),
+            Refused::Random(error) => Self::Random(error),
+            refused => Self::Refused(refused),
+        }
+    }
 }
 
 pub(super) fn moment(seconds: i64) -> OffsetDateTime {
