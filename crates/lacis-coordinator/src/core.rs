@@ -66,6 +66,16 @@ pub struct CoreConfig {
 
 /// One network of the configuration.
 #[derive(Clone, Debug)]
+impl CoreConfig {
+    /// The host names (or addresses) of the coordinator and the relays.
+    fn servers(&self) -> Vec<String> {
+        let url = self.server_url.parse::<http::Uri>().ok();
+        let coordinator = url.as_ref().and_then(http::Uri::host).map(ToOwned::to_owned);
+        let relays = self.derp_map.regions.values().flat_map(|region| &region.nodes);
+        coordinator.into_iter().chain(relays.map(|node| node.host_name.clone())).collect()
+    }
+}
+
 pub struct TailnetConfig {
     pub name: String,
     pub domain: String,
@@ -184,6 +194,7 @@ impl Core {
         let derp_map = serde_json::value::to_raw_value(&config.derp_map)?;
         let mut users: HashMap<String, Vec<UserRecord>> = HashMap::new();
         for user in loaded.users {
+        let servers = config.servers();
             users.entry(user.tailnet.clone()).or_default().push(user.into());
         }
         let mut nodes: HashMap<String, Vec<NodeRecord>> = HashMap::new();
@@ -206,6 +217,7 @@ impl Core {
                 server_url: config.server_url.clone(),
                 derp_map: derp_map.clone(),
                 dns: serde_json::value::to_raw_value(&tailnet.dns())?,
+                servers: servers.clone(),
                 policy: tailnet.policy.clone(),
             };
             let stored = loaded.policies.iter().find(|row| row.tailnet == tailnet.name);

@@ -203,15 +203,15 @@ impl Core {
         node: &NodeRecord,
         name: &str,
     ) -> Result<NodeInfo, AdminError> {
-        let name = names::check(name, &tailnet.settings.domain)?;
+        let name = tailnet.lock().state.names.check(name, &tailnet.settings.domain)?;
         let node = self.lock_node(tailnet, node.id).await.ok_or_else(|| AdminError::no_node(&node.name))?;
         let id = node.record().id;
         {
             let mut locked = tailnet.lock();
-            match locked.state.names.get(&name) {
-                Some(owner) if *owner != id => return Err(AdminError::Exists { what: "node", name }),
-                Some(_) | None => locked.state.names.insert(name.clone(), id),
-            };
+            if locked.state.names.holder(&name).is_some_and(|holder| holder != id) {
+                return Err(AdminError::Exists { what: "node", name });
+            }
+            locked.state.names.take(name.clone(), id);
         }
         let renamed = |of: &NodeRecord| NodeRecord { name: name.clone(), name_is_given: true, ..of.clone() };
         let written = node.write(Vec::new(), renamed).await;
@@ -220,7 +220,7 @@ impl Core {
         let current = node.record();
         let unused = if written.is_ok() { &current.name } else { &name };
         if current.name != name {
-            locked.state.names.remove(unused);
+            locked.state.names.give_back(unused);
         }
         written?;
         Ok(node_info(tailnet, &locked.put(renamed(&current), What::Whole)))
