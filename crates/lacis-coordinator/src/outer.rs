@@ -74,10 +74,17 @@ async fn registration(State(core): State<Core>, Path(id): Path<String>) -> Respo
     };
     // Strangers choose the host's name, so it is shown as a node's name would be. The id is one of ours.
     let host = names::label(&host);
+    // Their names are not for strangers; the command says them where NETWORK is left as it is.
+    let several = core.tailnets().nth(1).is_some();
+    let (flag, network) = if several {
+        (" --tailnet NETWORK", "NETWORK is the network that it shall join and ")
+    } else {
+        ("", "")
+    };
     page(format!(
         "<p>The device <b>{host}</b> waits for approval. An administrator lets it join with</p>\n\
-         <pre>lacis admin registrations approve {id} --user NAME</pre>\n\
-         <p>on the coordinator's host, where NAME is whom it shall belong to.</p>"
+         <pre>lacis admin registrations approve {id}{flag} --user NAME</pre>\n\
+         <p>on the coordinator's host, where {network}NAME is the user that it shall belong to.</p>"
     ))
 }
 
