@@ -24,6 +24,7 @@ mod routes;
 mod rules;
 mod session;
 mod ssh_checks;
+mod streams;
 mod tags;
 pub mod tailnet;
 mod update;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use admin::AdminError;
 pub use session::{Next, Subscription};
+pub use streams::Origin;
 
 use crate::store::{self, AuthKeyRow, Loaded, Store};
 use policy::PolicySource;
@@ -64,8 +66,6 @@ pub struct CoreConfig {
     pub ephemeral_timeout: Duration,
 }
 
-/// One network of the configuration.
-#[derive(Clone, Debug)]
 impl CoreConfig {
     /// The host names (or addresses) of the coordinator and the relays.
     fn servers(&self) -> Vec<String> {
@@ -76,6 +76,8 @@ impl CoreConfig {
     }
 }
 
+/// One network of the configuration.
+#[derive(Clone, Debug)]
 pub struct TailnetConfig {
     pub name: String,
     pub domain: String,
@@ -192,9 +194,9 @@ impl Core {
     /// When the database names a network that the configuration does not.
     pub fn open(config: CoreConfig, store: Store, loaded: Loaded) -> Result<Self, Error> {
         let derp_map = serde_json::value::to_raw_value(&config.derp_map)?;
+        let servers = config.servers();
         let mut users: HashMap<String, Vec<UserRecord>> = HashMap::new();
         for user in loaded.users {
-        let servers = config.servers();
             users.entry(user.tailnet.clone()).or_default().push(user.into());
         }
         let mut nodes: HashMap<String, Vec<NodeRecord>> = HashMap::new();
@@ -215,9 +217,9 @@ impl Core {
                 name: tailnet.name.clone(),
                 domain: tailnet.domain.clone(),
                 server_url: config.server_url.clone(),
+                servers: servers.clone(),
                 derp_map: derp_map.clone(),
                 dns: serde_json::value::to_raw_value(&tailnet.dns())?,
-                servers: servers.clone(),
                 policy: tailnet.policy.clone(),
             };
             let stored = loaded.policies.iter().find(|row| row.tailnet == tailnet.name);

@@ -31,13 +31,15 @@ pub struct Session {
     pub machine: MachineKey,
     pub version: u16,
     pub remote: SocketAddr,
+    /// No other session has it.
+    pub number: u64,
 }
 
 /// The router behind Noise. Requests carry a [`Session`] extension.
 pub fn router(core: Core) -> Router {
+    let faults = middleware::from_fn_with_state(Arc::clone(core.log()), fault::log);
     Router::new()
         .route("/machine/register", post(register))
-    let faults = middleware::from_fn_with_state(Arc::clone(core.log()), fault::log);
         .route("/machine/map", post(map).layer(DefaultBodyLimit::max(MAX_MAP_BODY)))
         .route("/machine/whoami", get(whoami))
         .route("/machine/ping-response", head(ping_response))
@@ -52,9 +54,9 @@ pub fn router(core: Core) -> Router {
         .route("/machine/c2n", post(unsupported))
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
+        .layer(faults)
         .with_state(core)
 }
-        .layer(faults)
 
 /// The body is gone afterwards: an answer may take minutes.
 fn decode<T: serde::de::DeserializeOwned>(body: Bytes) -> Result<T, (StatusCode, String)> {

@@ -13,7 +13,7 @@ use lacis_wire::control::{KEEP_ALIVE_JSON, MapRequest};
 use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::mpsc;
 
-use crate::core::{Core, Next, Subscription};
+use crate::core::{Core, Next, Origin, Subscription};
 use crate::fault;
 use crate::inner::Session;
 
@@ -36,8 +36,9 @@ pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
     }
     // What was just stored is in the map that follows.
     let Some((_, node)) = core.find_for(&key, &session.machine) else { return not_found() };
+    let origin = Origin { session: session.number, address: session.remote.ip() };
     let frames = match (stream, omit_peers) {
-        (true, _) => core.subscribe(&tailnet, &node, compression).map(|subscribed| {
+        (true, _) => core.subscribe(&tailnet, &node, origin, compression).map(|subscribed| {
             subscribed.map(|(subscription, first)| {
                 let (send, frames) = mpsc::channel(FRAMES_AHEAD);
                 tokio::spawn(feed(subscription, first, compression, send));

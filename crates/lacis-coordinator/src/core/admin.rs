@@ -300,6 +300,7 @@ fn node_info(tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {
         version: node.hostinfo.ipn_version.clone(),
         online: node.online,
         expired: node.expired,
+        copies: node.copies.clone(),
         ephemeral: node.ephemeral,
         home_derp: node.home_derp(),
         endpoints: node.endpoints.clone(),
