@@ -80,6 +80,13 @@ with subtest("after all that the right URL and key work"):
     alice.succeed(up(URL, "20s"), timeout=30)
     assert "alice" in hub.succeed("lacis admin nodes list")
 
+with subtest("lacis up: a key that was given in person is not repeated"):
+    alice.succeed("lacis set --hostname=alix")
+    for key in ("--auth-key=tskey-auth-secret", "--auth-key secret", "--authkey=file:tskey-auth-secret"):
+        said = alice.fail(f"lacis up --accept-dns=false {key} 2>&1", timeout=20)
+        assert "secret" not in said and ("--hostname=alix" in said or "path" in said), said
+    alice.succeed("lacis set --hostname=")
+
 with subtest("lacis: no daemon, no peer, nonsense"):
     refused(bench, "lacis status", "/run/lacis/lacisd.sock", "lacisd")
     refused(alice, "lacis ping nobody", "nobody")
@@ -118,6 +125,14 @@ with subtest("coordinator: configuration"):
         (good.replace('"127.0.0.1:8443"', "8443"), ("/tmp/c.yaml:3", "/listen/0", "address")),
         (good.replace("https://mesh", "mesh"), ("/tmp/c.yaml:2", "/server_url", "https://")),
         (good + "tailnets: [", ("/tmp/c.yaml",)),
+        (
+            good + "relays: { far: { id: 901, nodes: [{ host_name: derp.lab.example.org }] } }",
+            ("/tmp/c.yaml:8", "/relays/far/nodes/0/host_name", "lab.example.org"),
+        ),
+        (
+            good.replace("org }", "org, dns: { extra_records: [{ name: mesh.example.org, address: 192.0.2.9 }] } }"),
+            ("/tmp/c.yaml:7", "/tailnets/lab/dns/extra_records/0/name", "the coordinator"),
+        ),
     ):
         write(bench, "/tmp/c.yaml", wrong)
         refused(bench, "lacis-coordinator check --config /tmp/c.yaml", *words)

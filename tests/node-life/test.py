@@ -58,11 +58,16 @@ with subtest("an unknown key is refused in one line, and soon"):
     assert "key" in said, said
     log.info(said.strip())
 
+# As the documents have it, for services that bind the mesh's address.
+until = "until ip -4 -o address show dev lacis0 2>/dev/null | grep -q inet; do sleep 1; done"
+alice.succeed(f"{{ {until}; touch /tmp/has-address; }} > /dev/null 2>&1 &")
+
 with subtest("two nodes join"):
     for machine in (alice, bob):
         new_key(machine)
         up(machine)
     address = alice.succeed("lacis ip -4").strip()
+    alice.wait_until_succeeds("test -e /tmp/has-address", timeout=5)
     wait_for(lambda: "alice" in peers(bob), "bob sees alice")
     bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
 
@@ -80,6 +85,43 @@ with subtest("settings of a running node change, and go back to their defaults")
     assert "--hostname=alix" in said, f"what would be lost is not named: {said}"
     up(alice, "--reset")
     wait_for(lambda: "alice" in peers(bob), "bob sees the machine's own name again")
+
+with subtest("no node is called as the coordinator is, nor as hosts call themselves"):
+    for name in ("mesh", "localhost"):
+        up(alice, f"--hostname={name}")
+        wait_for(lambda: f"node-{name}" in peers(bob), f"bob sees that alice is not called {name}")
+        said = hub.fail(f"lacis admin nodes rename bob {name} 2>&1", timeout=20)
+        assert "choose another" in said, said
+    up(alice, "--reset")
+    wait_for(lambda: "alice" in peers(bob), "bob sees the machine's own name again")
+
+with subtest("two machines with one copied state are named to both and to the administrator"):
+    copy = alice.succeed("tar -C /var/lib/lacis -cz . | base64 -w0").strip()
+    guest.systemctl("stop lacisd.service")
+    guest.succeed(f"rm -rf /var/lib/lacis/* && echo {copy} | base64 -d | tar -C /var/lib/lacis -xz")
+    guest.systemctl("start lacisd.service")
+    guest.wait_for_unit("lacisd.service", timeout=30)
+
+    def warned(machine):
+        return [line for line in status(machine)["Health"] if "two machines" in line]
+
+    wait_for(lambda: warned(alice) and warned(guest), "both know of each other", timeout=25)
+    log.info(f"      {warned(alice)[0]}")
+    assert "online, copied" in admin("nodes list")
+    copied = [node for node in json.loads(admin("nodes list --json")) if node.get("copies")]
+    assert len(copied) == 1 and len(copied[0]["copies"]) == 2, copied
+    hub.succeed("journalctl -u lacis-coordinator | grep 'two machines use'")
+    guest.systemctl("stop lacisd.service")
+    guest.succeed("rm -rf /var/lib/lacis/*")
+    wait_for(lambda: not warned(alice), "alice is alone again", timeout=30)
+    assert "copied" not in admin("nodes list")
+    guest.systemctl("start lacisd.service")
+    guest.wait_for_unit("lacisd.service", timeout=30)
+    # Nobody else says now what alice is called.
+    alice.systemctl("restart lacisd.service")
+    alice.wait_for_unit("lacisd.service", timeout=30)
+    wait_for(lambda: "alice" in peers(bob), "bob sees alice by her name")
+    bob.wait_until_succeeds("ping -c 1 -W 1 alice", timeout=15)
 
 with subtest("a used key does not work for another node"):
     guest.succeed(f"umask 077; printf %s {alice.succeed('cat /tmp/auth-key').strip()} > /tmp/auth-key")

@@ -20,6 +20,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 use crate::http::{Server, escaped};
+use crate::output::quoted;
 use crate::{Failure, output};
 
 /// Where the package has it.
@@ -160,7 +161,19 @@ impl Where {
         self.tailnet.is_some() || self.admin_socket.is_some() || self.config != Path::new(CONFIG)
     }
 
+    /// What was given of it, as flags.
+    fn flags(&self) -> String {
+        let config = (self.config != Path::new(CONFIG)).then(|| self.config.to_string_lossy());
+        let socket = self.admin_socket.as_ref().map(|path| path.to_string_lossy());
+        let tailnet = self.tailnet.as_deref().map(Into::into);
+        [("config", config), ("admin-socket", socket), ("tailnet", tailnet)]
+            .into_iter()
+            .filter_map(|(flag, value)| Some(format!(" --{flag} {}", quoted(&value?))))
+            .collect()
+    }
+
     pub(crate) fn coordinator(self, json: bool) -> anyhow::Result<Coordinator> {
+        let flags = self.flags();
         let path = match self.admin_socket {
             Some(path) => path,
             None => socket_of(&self.config)?,
@@ -171,6 +184,7 @@ impl Where {
             host: "lacis-coordinator",
             start: "is it running? try `systemctl status lacis-coordinator`",
             permission: "use root, or become a member of the group `lacis`",
+            flags,
         };
         Ok(Coordinator { server, tailnet: self.tailnet, json })
     }
@@ -386,6 +400,20 @@ mod tests {
         assert!(socket_of(&config).unwrap_err().to_string().contains("no coordinator's configuration"));
         assert!(socket_of(&dir.join("none")).unwrap_err().to_string().contains("--config"));
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn hints_name_the_same_coordinator_and_network() {
+        let place = |config: &str, tailnet: Option<&str>| Where {
+            config: config.into(),
+            admin_socket: None,
+            tailnet: tailnet.map(ToOwned::to_owned),
+        };
+        assert_eq!(place(CONFIG, None).flags(), "");
+        assert_eq!(
+            place("/my files/c.yaml", Some("lab")).flags(),
+            " --config '/my files/c.yaml' --tailnet lab"
+        );
     }
 
     #[test]

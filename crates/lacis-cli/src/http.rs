@@ -35,6 +35,8 @@ pub(crate) struct Server {
     pub start: &'static str,
     /// What to do when one may not ask.
     pub permission: &'static str,
+    /// Flags that commands in its hints need to mean the same server and network, each with a blank before it.
+    pub flags: String,
 }
 
 impl Server {
@@ -78,7 +80,10 @@ impl Server {
         let text = member("error").or_else(|| member("Error")).unwrap_or(plain);
         match (text.is_empty(), member("hint")) {
             (true, _) => format!("{} answers {status}", self.what),
-            (false, Some(hint)) => format!("{text} ({hint})"),
+            (false, Some(hint)) => {
+                let hint = hint.replace("`lacis admin ", &format!("`lacis admin{} ", self.flags));
+                format!("{text} ({hint})")
+            }
             (false, None) => text,
         }
     }
@@ -135,11 +140,14 @@ mod tests {
 
     #[test]
     fn refusals_are_told_in_the_daemons_words() {
-        let server = Server { path: "/x".into(), what: "lacisd", host: "", start: "", permission: "" };
+        let flags = " --tailnet lab".to_owned();
+        let server = Server { path: "/x".into(), what: "lacisd", host: "", start: "", permission: "", flags };
         let words = |body: &str| server.refusal(StatusCode::BAD_REQUEST, body.as_bytes());
         assert_eq!(words("plain\n"), "plain");
         assert_eq!(words(r#"{"Error":"no"}"#), "no");
         assert_eq!(words(r#"{"error":"no","hint":"try that"}"#), "no (try that)");
+        let hinted = words(r#"{"error":"no","hint":"see `lacis admin nodes list`"}"#);
+        assert_eq!(hinted, "no (see `lacis admin --tailnet lab nodes list`)");
         assert!(words("").contains("400"));
     }
 }

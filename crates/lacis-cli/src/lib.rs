@@ -129,6 +129,12 @@ mod tests {
     }
 
     #[test]
+    fn the_command_of_the_registration_page_is_one() {
+        let command = "lacis admin registrations approve ID --tailnet NETWORK --user NAME";
+        assert!(Arguments::try_parse_from(command.split(' ')).is_ok());
+    }
+
+    #[test]
     fn a_cause_is_told_once() {
         let cause = std::io::Error::other("no file");
         let text = anyhow::Error::new(cause).context("reading x: no file (try y)").context("starting");

@@ -35,6 +35,7 @@ impl Daemon {
             host: local::HOST,
             start: "is it running? try `systemctl status lacisd`, or name its --socket",
             permission: "use root, or let root name you with `lacis set --operator=USER`",
+            flags: String::new(),
         })
     }
 

@@ -19,6 +19,7 @@ use lacis_wire::admin::{
 use crate::core::registration::Refused;
 use crate::core::tailnet::Tailnet;
 use crate::core::{AdminError, Core, now};
+use crate::fault;
 
 /// Who is at the other end of the socket. The listener has checked that they may.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +35,11 @@ struct Failure(StatusCode, ApiError);
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        (self.0, Json(self.1)).into_response()
+        let Self(status, error) = self;
+        if status.is_server_error() {
+            return fault::with_cause(error.error.clone(), (status, Json(error)));
+        }
+        (status, Json(error)).into_response()
     }
 }
 
@@ -86,7 +91,7 @@ impl From<AdminError> for Failure {
             AdminError::Refused(_) => (StatusCode::CONFLICT, None),
             AdminError::Store(_) | AdminError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
-        Self(status, ApiError { error: error.to_string(), hint })
+        Self(status, ApiError { error: fault::chain(&error), hint })
     }
 }
 
@@ -132,6 +137,7 @@ pub fn router(core: Core) -> Router {
         .route("/ssh-checks", get(list_ssh_checks))
         .route("/ssh-checks/{id}", post(decide_ssh_check))
         .route_layer(middleware::from_fn(note))
+        .layer(middleware::from_fn_with_state(Arc::clone(core.log()), fault::log))
         .with_state(core);
     Router::new().nest(PREFIX, routes).fallback(|| async {
         Failure(StatusCode::NOT_FOUND, ApiError { error: "no such path in this API".to_owned(), hint: None })

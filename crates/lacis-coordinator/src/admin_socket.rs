@@ -60,7 +60,10 @@ impl AdminSocket {
                     // In a task of its own: what was begun is done, even if whoever asked goes away meanwhile.
                     match tokio::spawn(call(router, peer, request)).await {
                         Ok(answer) => answer,
-                        Err(_) => Ok(http::StatusCode::INTERNAL_SERVER_ERROR.into_response()),
+                        Err(error) => {
+                            tracing::error!(%error, "an administrator's command failed");
+                            Ok(http::StatusCode::INTERNAL_SERVER_ERROR.into_response())
+                        }
                     }
                 }
             })

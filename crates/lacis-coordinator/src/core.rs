@@ -24,6 +24,7 @@ mod routes;
 mod rules;
 mod session;
 mod ssh_checks;
+mod streams;
 mod tags;
 pub mod tailnet;
 mod update;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use admin::AdminError;
 pub use session::{Next, Subscription};
+pub use streams::Origin;
 
 use crate::store::{self, AuthKeyRow, Loaded, Store};
 use policy::PolicySource;
@@ -62,6 +64,16 @@ pub struct CoreConfig {
     pub node_expiry: Option<Duration>,
     /// How long an ephemeral node may be away before it is deleted.
     pub ephemeral_timeout: Duration,
+}
+
+impl CoreConfig {
+    /// The host names (or addresses) of the coordinator and the relays.
+    fn servers(&self) -> Vec<String> {
+        let url = self.server_url.parse::<http::Uri>().ok();
+        let coordinator = url.as_ref().and_then(http::Uri::host).map(ToOwned::to_owned);
+        let relays = self.derp_map.regions.values().flat_map(|region| &region.nodes);
+        coordinator.into_iter().chain(relays.map(|node| node.host_name.clone())).collect()
+    }
 }
 
 /// One network of the configuration.
@@ -185,6 +197,7 @@ impl Core {
     /// When the database names a network that the configuration does not.
     pub fn open(config: CoreConfig, store: Store, loaded: Loaded) -> Result<Self, Error> {
         let derp_map = serde_json::value::to_raw_value(&config.derp_map)?;
+        let servers = config.servers();
         let mut users: HashMap<String, Vec<UserRecord>> = HashMap::new();
         for user in loaded.users {
             users.entry(user.tailnet.clone()).or_default().push(user.into());
@@ -207,6 +220,7 @@ impl Core {
                 name: tailnet.name.clone(),
                 domain: tailnet.domain.clone(),
                 server_url: config.server_url.clone(),
+                servers: servers.clone(),
                 derp_map: derp_map.clone(),
                 dns: serde_json::value::to_raw_value(&tailnet.dns())?,
                 policy: tailnet.policy.clone(),

@@ -2,10 +2,12 @@
 //! know these paths.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, head, post};
 use axum::{Json, Router};
@@ -15,7 +17,7 @@ use lacis_wire::key::MachineKey;
 use serde_json::json;
 
 use crate::core::Core;
-use crate::{map, register};
+use crate::{fault, map, register};
 
 /// Any machine key can send one. A client's has some 1 KiB, and 46 KiB with all the routes that a node can offer.
 pub(crate) const MAX_REGISTER_BODY: usize = 64 << 10;
@@ -29,10 +31,13 @@ pub struct Session {
     pub machine: MachineKey,
     pub version: u16,
     pub remote: SocketAddr,
+    /// No other session has it.
+    pub number: u64,
 }
 
 /// The router behind Noise. Requests carry a [`Session`] extension.
 pub fn router(core: Core) -> Router {
+    let faults = middleware::from_fn_with_state(Arc::clone(core.log()), fault::log);
     Router::new()
         .route("/machine/register", post(register))
         .route("/machine/map", post(map).layer(DefaultBodyLimit::max(MAX_MAP_BODY)))
@@ -49,6 +54,7 @@ pub fn router(core: Core) -> Router {
         .route("/machine/c2n", post(unsupported))
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(MAX_REGISTER_BODY))
+        .layer(faults)
         .with_state(core)
 }
 
@@ -136,10 +142,7 @@ async fn ssh_action(
     match action {
         Ok(Some(action)) => Json(action).into_response(),
         Ok(None) => StatusCode::NOT_FOUND.into_response(),
-        Err(error) => {
-            tracing::error!(%error, "an SSH session cannot be checked");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
+        Err(error) => fault::because(&error, StatusCode::INTERNAL_SERVER_ERROR, ()),
     }
 }
 
@@ -148,7 +151,8 @@ async fn accepted() -> Response {
 }
 
 async fn unsupported() -> Response {
-    (StatusCode::NOT_IMPLEMENTED, "not supported by this server").into_response()
+    let text = "not supported by this server";
+    fault::with_cause(text, (StatusCode::NOT_IMPLEMENTED, text))
 }
 
 async fn not_found() -> Response {

@@ -17,6 +17,7 @@ pub mod ts2021;
 
 mod admin_socket;
 mod error;
+mod fault;
 mod unix_peer;
 
 pub use error::Error;

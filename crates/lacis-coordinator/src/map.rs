@@ -13,7 +13,8 @@ use lacis_wire::control::{KEEP_ALIVE_JSON, MapRequest};
 use lacis_wire::mapframe::{self, Compression};
 use tokio::sync::mpsc;
 
-use crate::core::{Core, Next, Subscription};
+use crate::core::{Core, Next, Origin, Subscription};
+use crate::fault;
 use crate::inner::Session;
 
 /// Clients give up after 120 s without a frame, and proxies often after 60 or 50.
@@ -35,8 +36,9 @@ pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
     }
     // What was just stored is in the map that follows.
     let Some((_, node)) = core.find_for(&key, &session.machine) else { return not_found() };
+    let origin = Origin { session: session.number, address: session.remote.ip() };
     let frames = match (stream, omit_peers) {
-        (true, _) => core.subscribe(&tailnet, &node, compression).map(|subscribed| {
+        (true, _) => core.subscribe(&tailnet, &node, origin, compression).map(|subscribed| {
             subscribed.map(|(subscription, first)| {
                 let (send, frames) = mpsc::channel(FRAMES_AHEAD);
                 tokio::spawn(feed(subscription, first, compression, send));
@@ -52,8 +54,11 @@ pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
         Ok(None) => not_found(),
         Ok(Some(body)) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(error) => {
-            tracing::error!(node = node.name, %error, "a network map could not be encoded");
-            (StatusCode::INTERNAL_SERVER_ERROR, "the network map could not be encoded").into_response()
+            let text = "the network map could not be encoded";
+            fault::with_cause(
+                format!("{text} for {}: {}", node.name, fault::chain(&error)),
+                (StatusCode::INTERNAL_SERVER_ERROR, text),
+            )
         }
     }
 }

@@ -20,6 +20,7 @@ use lacis_wire::key::MachineKey;
 use tokio::sync::Mutex;
 
 use crate::core::{Core, names};
+use crate::fault;
 use crate::ts2021::{self, Noise};
 
 /// Below this version `/key` gives nothing, as the protocol has it: such clients know no Noise.
@@ -73,10 +74,17 @@ async fn registration(State(core): State<Core>, Path(id): Path<String>) -> Respo
     };
     // Strangers choose the host's name, so it is shown as a node's name would be. The id is one of ours.
     let host = names::label(&host);
+    // Their names are not for strangers; the command says them where NETWORK is left as it is.
+    let several = core.tailnets().nth(1).is_some();
+    let (flag, network) = if several {
+        (" --tailnet NETWORK", "NETWORK is the network that it shall join and ")
+    } else {
+        ("", "")
+    };
     page(format!(
         "<p>The device <b>{host}</b> waits for approval. An administrator lets it join with</p>\n\
-         <pre>lacis admin registrations approve {id} --user NAME</pre>\n\
-         <p>on the coordinator's host, where NAME is whom it shall belong to.</p>"
+         <pre>lacis admin registrations approve {id}{flag} --user NAME</pre>\n\
+         <p>on the coordinator's host, where {network}NAME is the user that it shall belong to.</p>"
     ))
 }
 
@@ -118,16 +126,13 @@ fn version() -> Vec<u8> {
 }
 
 async fn health(State(core): State<Core>) -> Response {
-    let (status, text) = match core.health().await {
-        Ok(()) => (StatusCode::OK, "{\"status\":\"pass\"}"),
+    let headers = [(CONTENT_TYPE, "application/health+json"), (CACHE_CONTROL, "no-store")];
+    match core.health().await {
+        Ok(()) => (headers, "{\"status\":\"pass\"}").into_response(),
         Err(error) => {
-            if let Some(suppressed) = core.log().allow("not healthy", ()) {
-                tracing::error!(%error, suppressed, "not healthy");
-            }
-            (StatusCode::INTERNAL_SERVER_ERROR, "{\"status\":\"fail\"}")
+            fault::because(&error, StatusCode::INTERNAL_SERVER_ERROR, (headers, "{\"status\":\"fail\"}"))
         }
-    };
-    (status, [(CONTENT_TYPE, "application/health+json"), (CACHE_CONTROL, "no-store")], text).into_response()
+    }
 }
 
 /// Relays ask whether a node may use them.

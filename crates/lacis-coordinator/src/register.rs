@@ -8,6 +8,7 @@ use lacis_wire::control::{Login, RegisterRequest, RegisterResponse, User};
 
 use crate::core::registration::{Applicant, Member, Refused};
 use crate::core::{Core, now};
+use crate::fault;
 use crate::inner::Session;
 
 /// Answers a registration.
@@ -16,6 +17,13 @@ pub async fn register(core: &Core, session: &Session, request: RegisterRequest) 
         Ok(response) => response,
         // A client makes another key then and asks again.
         Err(Refused::OtherNode) => RegisterResponse { node_key_expired: true, ..RegisterResponse::default() },
+        Err(refused @ (Refused::Store(_) | Refused::Random(_))) => {
+            if let Some(suppressed) = core.log().allow("registration failed", ()) {
+                let (machine, remote) = (session.machine, session.remote);
+                tracing::error!(%machine, %remote, cause = fault::chain(&refused), suppressed, "registration failed");
+            }
+            RegisterResponse { error: refused.to_string(), ..RegisterResponse::default() }
+        }
         Err(refused) => {
             if let Some(suppressed) = core.log().allow("registration refused", prefix(session.remote.ip())) {
                 let (machine, remote) = (session.machine, session.remote);

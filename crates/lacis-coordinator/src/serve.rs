@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Router, middleware};
 use lacis_relay::server::{AdmitIf, Limits, Relay};
 use lacis_relay::stun;
 use lacis_serve::keys::{StateDir, load_or_generate};
@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::core::{self, Core};
 use crate::store::{Missing, Store};
 use crate::ts2021::Noise;
-use crate::{Error, admin, inner, outer};
+use crate::{Error, admin, fault, inner, outer};
 
 /// How long connections may take to end at a stop. With the database's turn it makes less than five seconds.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -133,6 +133,7 @@ impl Service {
         if let Some(relay) = &relay {
             router = router.merge(relay.router());
         }
+        let router = router.layer(middleware::from_fn_with_state(Arc::clone(core.log()), fault::log));
         let mut registry = Registry::default();
         core.register_metrics(registry.sub_registry_with_prefix("lacis_coordinator"));
         noise.register_metrics(&mut registry);

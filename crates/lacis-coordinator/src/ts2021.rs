@@ -11,7 +11,7 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -92,6 +92,7 @@ struct Shared {
     core: Core,
     inner: axum::Router,
     sessions: TaskTracker,
+    last_session: AtomicU64,
     strangers: SharedPlaces<IpAddr>,
     nodes: SharedPlaces<MachineKey>,
     stop: CancellationToken,
@@ -150,6 +151,7 @@ impl Noise {
                 core,
                 inner,
                 sessions: TaskTracker::new(),
+                last_session: AtomicU64::new(0),
                 strangers: SharedPlaces::new(STRANGERS),
                 nodes: SharedPlaces::new(Capacity { total: usize::MAX, each: MAX_SESSIONS_OF_NODE }),
                 stop,
@@ -208,7 +210,8 @@ impl Noise {
             };
             let seat = this.seat(&machine, remote);
             let Some(stream) = stream.await else { return };
-            let tag = Session { machine, version: session.version, remote };
+            let number = this.shared.last_session.fetch_add(1, Ordering::Relaxed);
+            let tag = Session { machine, version: session.version, remote, number };
             let stream = NoiseStream::new(stream, session, &[]);
             this.shared.metrics.accepted.inc();
             this.shared.metrics.open.inc();

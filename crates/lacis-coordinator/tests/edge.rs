@@ -12,8 +12,9 @@ use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use lacis_coordinator::config::Config;
 use lacis_coordinator::serve::Service;
+use lacis_wire::control::{RegisterRequest, RegisterResponse, to_json};
 use lacis_wire::io::{ControlClient, ControlDialer, DialError};
-use lacis_wire::key::MachinePrivateKey;
+use lacis_wire::key::{MachinePrivateKey, NodePrivateKey};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::sync::CancellationToken;
@@ -125,7 +126,7 @@ async fn strangers_get_the_outer_routes_and_never_the_inner_ones() {
     assert_eq!(server.ask("GET", "/robots.txt", "").await.2, "User-agent: *\nDisallow: /\n");
     assert_eq!(server.ask("GET", "/bootstrap-dns", "").await.2, "{\"mesh.example.org\":[\"192.0.2.7\"]}");
 
-    let stranger = lacis_wire::key::NodePrivateKey::generate().public();
+    let stranger = NodePrivateKey::generate().public();
     let question = format!("{{\"NodePublic\":\"{stranger}\",\"Source\":\"192.0.2.1\"}}");
     let (status, _, body) = server.ask("POST", "/verify", &question).await;
     assert_eq!((status, body.as_str()), (StatusCode::OK, "{\"Allow\":false}"));
@@ -334,4 +335,24 @@ async fn a_replaced_certificate_is_used_for_the_next_connection() {
     assert_eq!(key, control.server_key);
     stop.cancel();
     task.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_page_of_a_device_that_waits_names_no_network_where_there_is_one() {
+    let server = Running::start("").await;
+    let stream = server.dialer().dial(None).await.unwrap();
+    let (client, _connection) = ControlClient::new(server.dialer().url(), stream).await.unwrap();
+    let request = RegisterRequest {
+        version: lacis_wire::CURRENT_CAPABILITY_VERSION,
+        node_key: NodePrivateKey::generate().public(),
+        ..RegisterRequest::default()
+    };
+    let reply = client.post("/machine/register", to_json(&request)).await.unwrap();
+    let reply = reply.into_body().collect().await.unwrap().to_bytes();
+    let url = serde_json::from_slice::<RegisterResponse>(&reply).unwrap().auth_url;
+    let id = url.rsplit('/').next().unwrap();
+    let (_, _, page) = server.ask("GET", &format!("/register/{id}"), "").await;
+    let command = format!("lacis admin registrations approve {id} --user NAME");
+    assert!(page.contains(&command) && !page.contains("--tailnet"), "{page}");
+    server.end().await;
 }

@@ -224,10 +224,14 @@ async fn no_node_gets_a_name_that_programs_look_up_by_themselves() {
     assert_eq!(name(), "node-wpad");
     let mut request = a.map_request(false);
     request.hostinfo = Some(Hostinfo { hostname: "ISATAP.local".to_owned(), ..Hostinfo::default() });
-    assert_eq!(a.lite(request).await, StatusCode::OK);
+    assert_eq!(a.lite(request.clone()).await, StatusCode::OK);
     assert_eq!(name(), "node-isatap");
+    // What the coordinator and its embedded relay are called by, in this configuration.
+    request.hostinfo = Some(Hostinfo { hostname: "mesh".to_owned(), ..Hostinfo::default() });
+    assert_eq!(a.lite(request).await, StatusCode::OK);
+    assert_eq!(name(), "node-mesh");
     let node = server.core.find(&a.node_key).unwrap().1;
-    for reserved in ["wpad", "LOCALHOST", "ip6-allnodes"] {
+    for reserved in ["wpad", "LOCALHOST", "ip6-allnodes", "Mesh"] {
         let refused = server.core.rename_node(&lab, &node, reserved).await.unwrap_err().to_string();
         assert!(refused.contains("choose another"), "{refused}");
     }

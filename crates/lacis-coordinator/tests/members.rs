@@ -196,7 +196,8 @@ async fn a_node_without_a_key_waits_until_an_administrator_approves_it() {
     assert!(url.starts_with("http://mesh.example.org/register/"), "{url}");
     let path = url.strip_prefix("http://mesh.example.org").unwrap();
     let page = get(&server, path).await;
-    let command = format!("lacis admin registrations approve {}", path.strip_prefix("/register/").unwrap());
+    let id = path.strip_prefix("/register/").unwrap();
+    let command = format!("lacis admin registrations approve {id} --tailnet NETWORK --user NAME");
     assert!(page.starts_with("HTTP/1.1 200") && page.contains(&command), "{page}");
     assert!(get(&server, "/register/nobody").await.starts_with("HTTP/1.1 404"));
     let followup = RegisterRequest { followup: url.clone(), ..a.register_request(None) };

@@ -332,6 +332,7 @@ async fn a_disk_that_takes_no_more_is_not_healthy_until_it_does_again() {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::start(folder.path()).await;
     assert!(is_healthy(&program).await);
+    let (key, _) = fill(&program, 0).await;
     // No page fits; what the program logs does.
     let page = 4096;
     let limit = |bytes| {
@@ -339,16 +340,39 @@ async fn a_disk_that_takes_no_more_is_not_healthy_until_it_does_again() {
     };
     limit(Some(page));
     assert!(!is_healthy(&program).await);
-    let user = || program.api.send("POST", "/tailnets/lab/users", json!({ "name": "alice" }));
+    let user = || program.api.send("POST", "/tailnets/lab/users", json!({ "name": "bob" }));
     // Again and again: what is refused does not make the next be taken and forgotten.
     for _ in 0..3 {
         let (status, answer) = user().await.unwrap();
         assert_eq!(status, 500, "{answer}");
         assert!(!is_healthy(&program).await);
     }
+    let node_key = NodePrivateKey::generate().public();
+    let machine = Machine::dial_to(program.address, MachinePrivateKey::generate(), node_key, "host").await;
+    let refused = machine.register(Some(&key)).await.error;
+    assert!(refused.contains("the coordinator's log"), "{refused}");
+    let url = machine.register(None).await.auth_url;
+    let id = url.rsplit('/').next().unwrap();
+    let approval = json!({ "tailnet": "lab", "user": "alice" });
+    let (status, answer) =
+        program.api.send("POST", &format!("/registrations/{id}/approve"), approval.clone()).await.unwrap();
+    let cause = "the database refused a change: ";
+    assert!(status == 500 && answer["error"].as_str().unwrap().starts_with(cause), "{status} {answer}");
+    // Each has its cause in the log, where an administrator is sent to look.
+    let log = std::fs::read_to_string(folder.path().join("log")).unwrap();
+    for what in [
+        "registration failed",
+        "path=\"/health\" status=500",
+        "path=\"/admin/v1/tailnets/{tailnet}/users\" status=500",
+        "path=\"/admin/v1/registrations/{id}/approve\" status=500",
+    ] {
+        let line = log.lines().find(|line| line.contains(what) && line.contains("ERROR"));
+        assert!(line.is_some_and(|line| line.contains(cause)), "{what}: {log}");
+    }
+    assert!(!log.contains(&key), "{log}");
     limit(None);
     assert!(is_healthy(&program).await);
     assert_eq!(user().await.unwrap().0, 200);
     program.kill();
-    assert_eq!(on_disk(&folder.path().join("state")).await.users.len(), 1);
+    assert_eq!(on_disk(&folder.path().join("state")).await.users.len(), 2);
 }

@@ -146,6 +146,10 @@ pub struct NodeInfo {
     pub version: String,
     pub online: bool,
     pub expired: bool,
+    /// Where two or more machines use its keys at once, which a copied state directory makes: their addresses, one
+    /// where they share it. Empty: one machine does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<IpAddr>,
     pub ephemeral: bool,
     pub home_derp: u16,
     pub endpoints: Vec<std::net::SocketAddr>,

@@ -121,10 +121,12 @@ impl Coordinator {
 fn overview(node: &NodeInfo) -> Vec<String> {
     let addresses: Vec<_> = node.addresses.iter().map(ToString::to_string).collect();
     let owner = node.user.clone().unwrap_or_else(|| node.tags.join(","));
-    let state = match (node.expired, node.online) {
-        (true, _) => "expired",
-        (_, true) => "online",
-        (_, false) => "offline",
+    let state = match (node.expired, node.copies.is_empty(), node.online) {
+        (true, _, _) => "expired",
+        // Two machines have its keys.
+        (_, false, _) => "online, copied",
+        (_, _, true) => "online",
+        (_, _, false) => "offline",
     };
     vec![
         node.id.to_string(),

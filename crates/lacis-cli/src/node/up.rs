@@ -19,10 +19,15 @@ use zeroize::Zeroizing;
 
 use super::Daemon;
 use super::prefs::PrefFlags;
+use crate::output::quoted;
 use crate::{Failure, output};
 
 /// Whoever waits hears now and then why.
 const HINT: Duration = Duration::from_secs(10);
+/// Whose values are auth keys.
+const KEY_FLAGS: [&str; 2] = ["--auth-key", "--authkey"];
+/// How the keys of this server and of others begin.
+const KEY_PREFIXES: [&str; 3] = ["lacis-auth-", "tskey-", "hskey-"];
 /// Longer keys are none.
 const KEY_LIMIT: u64 = 4096;
 
@@ -109,7 +114,7 @@ impl Up {
             if missing.iter().any(|flag| !flag.starts_with("--login-server")) {
                 bail!(
                     "this would lose settings that are not mentioned. Name them, or use --reset:\n\n\tlacis up {}",
-                    whole_command(&missing)
+                    whole_command(std::env::args(), missing)
                 );
             }
         }
@@ -237,10 +242,31 @@ async fn missing(daemon: &Daemon) -> Option<String> {
     })
 }
 
-/// The command line as it would have to be.
-fn whole_command(missing: &[String]) -> String {
-    let given = std::env::args().skip_while(|word| word != "up").skip(1);
-    given.chain(missing.iter().cloned()).collect::<Vec<_>>().join(" ")
+/// The words after `up` as they would have to be, for a shell. An auth key that was given in person is not repeated:
+/// the text may end up in a log.
+fn whole_command(given: impl Iterator<Item = String>, missing: Vec<String>) -> String {
+    let mut words = Vec::new();
+    let mut given = given.skip_while(|word| word != "up").skip(1);
+    while let Some(word) = given.next() {
+        let (flag, value) = match word.split_once('=') {
+            Some((flag, value)) => (flag, Some(value.to_owned())),
+            None => (word.as_str(), None),
+        };
+        if !KEY_FLAGS.contains(&flag) {
+            words.push(word);
+            continue;
+        }
+        let value = value.or_else(|| given.next()).unwrap_or_default();
+        let shown = if is_key(&value) { "file:PATH" } else { &value };
+        words.push(format!("{flag}={shown}"));
+    }
+    words.extend(missing);
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+}
+
+/// Is this (or is it probably meant as) a key, and not where one is?
+fn is_key(text: &str) -> bool {
+    text.strip_prefix("file:").is_none_or(|path| KEY_PREFIXES.iter().any(|prefix| path.starts_with(prefix)))
 }
 
 /// What `up` comes down to.
@@ -273,6 +299,9 @@ fn read_key(text: &str) -> anyhow::Result<Zeroizing<String>> {
             let mut key = Zeroizing::new(String::new());
             std::io::stdin().take(KEY_LIMIT).read_to_string(&mut key).context("reading the auth key")?;
             key
+        }
+        Some(_) if is_key(text) => {
+            bail!("--auth-key=file: is followed by the path of a file with the key, not by the key")
         }
         Some(path) => {
             let mut key = Zeroizing::new(String::new());
@@ -344,6 +373,35 @@ mod tests {
         };
         assert!(wish.route_all && wish.hostname.is_empty());
         assert_eq!(wish.control_url, "https://mesh.example");
+    }
+
+    #[test]
+    fn the_command_that_is_proposed_has_no_key_in_it_and_can_be_pasted() {
+        let proposed = |given: &str| {
+            let words = given.split('|').map(ToOwned::to_owned);
+            whole_command(words, vec!["--hostname=bob".to_owned()])
+        };
+        for (given, expected) in [
+            ("lacis|up|--auth-key=secret", "--auth-key=file:PATH"),
+            ("lacis|up|--auth-key|secret", "--auth-key=file:PATH"),
+            ("lacis|up|--authkey=lacis-auth-1-secret", "--authkey=file:PATH"),
+            ("lacis|up|--authkey|tskey-auth-secret|--accept-routes", "--authkey=file:PATH --accept-routes"),
+            ("lacis|up|--auth-key=file:lacis-auth-1-secret", "--auth-key=file:PATH"),
+            ("lacis|up|--auth-key=file:/root/key", "--auth-key=file:/root/key"),
+            ("lacis|up|--auth-key|file:-", "--auth-key=file:-"),
+            ("lacis|--socket|/x|up|--auth-key", "--auth-key=file:PATH"),
+            ("lacis|up|--hostname=it's me", "'--hostname=it'\\''s me'"),
+        ] {
+            assert_eq!(proposed(given), format!("{expected} --hostname=bob"), "{given}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_was_meant_as_a_path_is_not_repeated() {
+        let error = read_key("file:tskey-auth-secret").unwrap_err();
+        assert!(!format!("{error:#}").contains("secret"), "{error:#}");
+        let error = read_key("file:/no/such/file").unwrap_err();
+        assert!(format!("{error:#}").contains("/no/such/file"), "{error:#}");
     }
 
     #[test]

@@ -7,7 +7,8 @@ use lacis_policy::{Format, Policy, Problem};
 use super::position::Positions;
 use super::problem;
 use super::scalars::is_label;
-use super::types::{Config, PolicySetting};
+use super::types::{Config, PolicySetting, Tailnet};
+use crate::core::names::means_this_host;
 
 /// A DNS name has 253 characters at most, and a node's label 63 and a dot.
 const MAX_DOMAIN: usize = 253 - 64;
@@ -18,6 +19,7 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
         |path: &[&str], message: String| problems.push(problem::Problem::at(positions, path, message));
 
     let host = config.server_url.0.host();
+    let servers = servers(config);
     let mut domains: BTreeMap<&str, &str> = BTreeMap::new();
     for (name, tailnet) in &config.tailnets {
         if !is_label(name) {
@@ -31,6 +33,11 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
             );
             wrong(&["tailnets", name, "domain"], message);
         }
+        if domain.is_local() {
+            let message =
+                "every host means itself by names that end in localhost, and sends no question about them";
+            wrong(&["tailnets", name, "domain"], message.to_owned());
+        }
         if domain.0.len() > MAX_DOMAIN {
             let message = format!("at most {MAX_DOMAIN} characters: a node's name stands in front of it");
             wrong(&["tailnets", name, "domain"], message);
@@ -43,10 +50,30 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
             let message = "needs at least one entry in nameservers: clients could resolve nothing else";
             wrong(&["tailnets", name, "dns", "override_local_dns"], message.to_owned());
         }
-        for split in dns.split.keys() {
-            if split.parse::<super::Domain>().is_err() {
-                let message = "expected a DNS name, such as corp.example.org";
-                wrong(&["tailnets", name, "dns", "split", split], message.to_owned());
+        for (split, resolvers) in &dns.split {
+            let path = ["tailnets", name, "dns", "split", split];
+            let Ok(split) = split.parse::<super::Domain>() else {
+                wrong(&path, "expected a DNS name, such as corp.example.org".to_owned());
+                continue;
+            };
+            let hidden = servers.iter().find(|server| split.contains(&server.host));
+            if let Some(Server { what, host, .. }) = hidden.filter(|_| resolvers.is_empty()) {
+                let message = format!(
+                    "the name of {what}, {host:?}, stands in this domain: without resolvers no client would find it"
+                );
+                wrong(&path, message);
+            }
+        }
+        for (i, record) in dns.extra_records.iter().enumerate() {
+            let path = ["tailnets", name, "dns", "extra_records", &i.to_string(), "name"];
+            let label = record.name.0.split('.').next().unwrap_or_default();
+            if let Some(Server { what, .. }) = servers.iter().find(|server| server.is_called(&record.name)) {
+                wrong(
+                    &path,
+                    format!("this is the name of {what}: clients would look for it at this address"),
+                );
+            } else if record.name.is_local() || means_this_host(label) {
+                wrong(&path, format!("every host means itself by {label:?}, so no other can have this name"));
             }
         }
         if let Some(policy) = &tailnet.policy {
@@ -100,15 +127,48 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
             wrong(&["relays", code, "id"], format!("the region {other:?} has this id already"));
         }
         for (i, node) in region.nodes.iter().enumerate() {
+            let i = i.to_string();
+            let within = config.tailnets.iter().find(|(_, tailnet)| tailnet.domain.contains(&node.host_name));
+            if let Some((tailnet, Tailnet { domain, .. })) = within {
+                let message = format!(
+                    "a relay must not stand in a network's domain, here {domain} of {tailnet:?}: clients would look for it inside the network"
+                );
+                wrong(&["relays", code, "nodes", &i, "host_name"], message);
+            }
             let Some(name) = &node.name else { continue };
             if let Some(other) = names.insert(name, code) {
-                let path = ["relays", code, "nodes", &i.to_string(), "name"];
+                let path = ["relays", code, "nodes", &i, "name"];
                 wrong(&path, format!("a relay of the region {other:?} has this name already"));
             }
         }
     }
     problems.sort_by_key(|problem| problem.position);
     problems
+}
+
+/// A name that clients must find outside of every network.
+struct Server {
+    what: String,
+    host: String,
+}
+
+impl Server {
+    fn is_called(&self, name: &super::Domain) -> bool {
+        self.host.trim_end_matches('.').eq_ignore_ascii_case(&name.0)
+    }
+}
+
+/// The coordinator (and its embedded relay), and the relays.
+fn servers(config: &Config) -> Vec<Server> {
+    let coordinator =
+        Server { what: "the coordinator".to_owned(), host: config.server_url.0.host().to_owned() };
+    let relays =
+        config.relays.iter().flat_map(|(code, region)| region.nodes.iter().map(move |node| (code, node)));
+    let named = |(code, node): (&String, &super::types::RelayNode)| Server {
+        what: format!("a relay of the region {code:?}"),
+        host: node.host_name.clone(),
+    };
+    std::iter::once(coordinator).chain(relays.map(named)).collect()
 }
 
 /// What is wrong with a policy that stands in the configuration, and where in it.

@@ -261,6 +261,11 @@ impl fmt::Display for Domain {
 }
 
 impl Domain {
+    /// Whether every host means itself by it (RFC 6761, section 6.3).
+    pub fn is_local(&self) -> bool {
+        self.0 == "localhost" || self.0.ends_with(".localhost")
+    }
+
     /// Whether `name` is this domain or stands under it.
     pub fn contains(&self, name: &str) -> bool {
         let name = name.trim_end_matches('.').to_ascii_lowercase();

@@ -56,11 +56,22 @@ pub enum AdminError {
     #[error("the policy of this network is in the coordinator's configuration")]
     PolicyInConfiguration,
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(Refused),
     #[error(transparent)]
     Store(#[from] store::Error),
     #[error("the system has no randomness: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+impl From<Refused> for AdminError {
+    /// A fault of ours is none of the node's: an administrator is sent the cause.
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Store(error) => Self::Store(error),
+            Refused::Random(error) => Self::Random(error),
+            refused => Self::Refused(refused),
+        }
+    }
 }
 
 pub(super) fn moment(seconds: i64) -> OffsetDateTime {
@@ -192,15 +203,15 @@ impl Core {
         node: &NodeRecord,
         name: &str,
     ) -> Result<NodeInfo, AdminError> {
-        let name = names::check(name, &tailnet.settings.domain)?;
+        let name = tailnet.lock().state.names.check(name, &tailnet.settings.domain)?;
         let node = self.lock_node(tailnet, node.id).await.ok_or_else(|| AdminError::no_node(&node.name))?;
         let id = node.record().id;
         {
             let mut locked = tailnet.lock();
-            match locked.state.names.get(&name) {
-                Some(owner) if *owner != id => return Err(AdminError::Exists { what: "node", name }),
-                Some(_) | None => locked.state.names.insert(name.clone(), id),
-            };
+            if locked.state.names.holder(&name).is_some_and(|holder| holder != id) {
+                return Err(AdminError::Exists { what: "node", name });
+            }
+            locked.state.names.take(name.clone(), id);
         }
         let renamed = |of: &NodeRecord| NodeRecord { name: name.clone(), name_is_given: true, ..of.clone() };
         let written = node.write(Vec::new(), renamed).await;
@@ -209,7 +220,7 @@ impl Core {
         let current = node.record();
         let unused = if written.is_ok() { &current.name } else { &name };
         if current.name != name {
-            locked.state.names.remove(unused);
+            locked.state.names.give_back(unused);
         }
         written?;
         Ok(node_info(tailnet, &locked.put(renamed(&current), What::Whole)))
@@ -289,6 +300,7 @@ fn node_info(tailnet: &Tailnet, node: &NodeRecord) -> NodeInfo {
         version: node.hostinfo.ipn_version.clone(),
         online: node.online,
         expired: node.expired,
+        copies: node.copies.clone(),
         ephemeral: node.ephemeral,
         home_derp: node.home_derp(),
         endpoints: node.endpoints.clone(),

@@ -102,6 +102,8 @@ struct First<'a> {
     #[serde(rename = "SSHPolicy", skip_serializing_if = "Option::is_none")]
     ssh_policy: Option<SshPolicy>,
     user_profiles: Vec<UserProfile>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    health: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     peers: Vec<Cow<'a, RawValue>>,
     debug: Switches,
@@ -125,6 +127,9 @@ struct Delta<'a> {
     ssh_policy: Option<SshPolicy>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     user_profiles: Vec<UserProfile>,
+    /// Sent with the node itself; none clears what was sent before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    health: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     peers_changed: Vec<Cow<'a, RawValue>>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -190,6 +195,7 @@ pub(super) fn whole(
             packet_filters: BTreeMap::from([(FILTER, filter.as_slice())]),
             ssh_policy: (whole == Whole::Again || !ssh.is_empty()).then(|| SshPolicy::of(&ssh, settings)),
             user_profiles: profiles(snapshot, users),
+            health: (whole == Whole::Again || !viewer.copies.is_empty()).then(|| viewer.health()),
             peers,
             debug: Switches { disable_log_tail: true },
         },
@@ -264,6 +270,7 @@ pub(super) fn delta(
             packet_filters: owed.filter.as_ref().map(|rules| BTreeMap::from([(FILTER, rules.as_slice())])),
             ssh_policy: owed.ssh.as_deref().map(|rules| SshPolicy::of(rules, settings)),
             user_profiles: profiles(snapshot, users),
+            health: itself.map(|node| node.health()),
             peers_changed,
             peers_removed: &owed.removed,
             peers_changed_patch: patches(changes, &owed.patched),

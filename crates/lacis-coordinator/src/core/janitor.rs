@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
-use super::{Core, now, presence, update};
+use super::{Core, now, presence, streams, update};
 use crate::store::{self, Write};
 
 /// Expiry and absence are known in seconds.
@@ -32,6 +32,7 @@ pub(super) async fn run(core: Core) {
                 core.revoked(&key);
             }
             presence::look_after_routers(tailnet, Instant::now());
+            streams::look_for_copies(tailnet, core.log(), Instant::now());
             update::take_over_waiting(tailnet, Instant::now());
             for node in gone {
                 if let Err(error) = delete_if_gone(&core, tailnet, &node, timeout).await {

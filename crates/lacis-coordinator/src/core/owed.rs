@@ -73,8 +73,9 @@ impl Owed {
                 continue;
             }
             match what {
-                // Only the policy's view of it has changed, which the difference tells.
-                What::Patch(patch) if *patch == (PeerChange { node_id: *node, ..PeerChange::default() }) => {}
+                // Only the policy's view of it has changed, which the difference has, or what only the node itself is sent.
+                What::Patch(patch) | What::PatchAndSelf(patch)
+                    if *patch == (PeerChange { node_id: *node, ..PeerChange::default() }) => {}
                 What::Patch(_) | What::PatchAndSelf(_) => {
                     touched.entry(*node).or_insert(true);
                 }

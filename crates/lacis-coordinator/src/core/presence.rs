@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::Core;
 use super::record::NodeRecord;
+use super::streams::{Origin, Streams};
 use super::tailnet::{Snapshot, State, Tailnet, What};
 
 /// An answer that takes longer counts as none. With a question every second, a router that vanished is passed over
@@ -25,8 +26,7 @@ pub(super) const MAX_STREAMS: u64 = 8;
 /// A node with open map streams.
 #[derive(Debug)]
 pub struct Presence {
-    /// How many there are.
-    pub streams: usize,
+    pub(super) streams: Streams,
     /// The number of the last one that was opened.
     last_stream: watch::Sender<u64>,
     /// The number of the last question.
@@ -40,7 +40,7 @@ pub struct Presence {
 impl Default for Presence {
     fn default() -> Self {
         Self {
-            streams: 0,
+            streams: Streams::default(),
             last_stream: watch::Sender::new(0),
             question: watch::Sender::new(0),
             answers: false,
@@ -51,11 +51,11 @@ impl Default for Presence {
 
 impl Presence {
     /// Counts a new stream, and gives its number and where the number of the latest can be read.
-    pub(super) fn open(&mut self) -> (u64, watch::Receiver<u64>) {
-        self.streams += 1;
+    pub(super) fn open(&mut self, origin: Origin, now: Instant) -> (u64, watch::Receiver<u64>) {
         self.last_stream.send_modify(|number| *number += 1);
         let latest = self.last_stream.subscribe();
         let number = *latest.borrow();
+        self.streams.open(number, origin, now);
         (number, latest)
     }
 
@@ -64,14 +64,24 @@ impl Presence {
         self.question.subscribe()
     }
 
-    fn ask(&mut self, now: Instant) {
-        self.due.get_or_insert(now);
+    /// Its streams are to ask.
+    pub(super) fn next_question(&mut self, now: Instant) {
         self.question.send_modify(|number| *number += 1);
+        let number = *self.question.borrow();
+        self.streams.asked(number, now);
     }
 
-    fn answered(&mut self) {
+    fn ask(&mut self, now: Instant) {
+        self.due.get_or_insert(now);
+        self.next_question(now);
+    }
+
+    fn answered(&mut self, stream: u64, question: u64, now: Instant) {
         self.answers = true;
         self.due = None;
+        // Nobody answers what has not been asked.
+        let last = *self.question.borrow();
+        self.streams.answered(stream, question.min(last), now);
     }
 
     fn is_silent(&self, now: Instant) -> bool {
@@ -79,10 +89,10 @@ impl Presence {
     }
 }
 
-/// The frame that asks. Clients answer each URL once.
-pub(super) fn question(server_url: &str, node: NodeId, number: u64) -> MapResponse {
+/// The frame that asks on a stream. Clients answer each URL once.
+pub(super) fn question(server_url: &str, node: NodeId, number: u64, stream: u64) -> MapResponse {
     let ping_request = PingRequest {
-        url: format!("{server_url}/machine/ping-response?id={node}-{number}"),
+        url: format!("{server_url}/machine/ping-response?id={node}-{number}-{stream}"),
         url_is_noise: true,
         ..PingRequest::default()
     };
@@ -142,14 +152,19 @@ fn groups(snapshot: &Snapshot, state: &State) -> HashMap<IpNet, Vec<NodeId>> {
 impl Core {
     /// A client answers a question by its id, over its own session.
     pub fn ping_response(&self, id: &str, machine: &MachineKey) -> bool {
-        let node = id.split_once('-').and_then(|(node, _)| node.parse().ok().map(NodeId));
-        let Some(node) = node else { return false };
+        let mut parts = id.split('-').map(str::parse::<u64>);
+        let (Some(Ok(node)), Some(Ok(question)), Some(Ok(stream)), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return false;
+        };
+        let Ok(node) = i64::try_from(node).map(NodeId) else { return false };
         self.tailnets().any(|tailnet| {
             let mut locked = tailnet.lock();
             let own = locked.snapshot().node(node).is_some_and(|node| node.machine_key == *machine);
             match locked.state.sessions.get_mut(&node) {
                 Some(presence) if own => {
-                    presence.answered();
+                    presence.answered(stream, question, Instant::now());
                     true
                 }
                 _ => false,
@@ -175,12 +190,12 @@ mod tests {
         let mut presence = Presence::default();
         presence.ask(start);
         assert!(!presence.is_silent(start + SILENCE), "some clients never answer");
-        presence.answered();
+        presence.answered(1, 1, start);
         presence.ask(start + SILENCE);
         presence.ask(start + SILENCE * 3 / 2);
         assert!(!presence.is_silent(start + SILENCE * 3 / 2));
         assert!(presence.is_silent(start + SILENCE * 2), "the first question counts");
-        presence.answered();
+        presence.answered(1, 3, start);
         assert!(!presence.is_silent(start + SILENCE * 9));
     }
 
@@ -202,7 +217,7 @@ mod tests {
     /// As a map stream does it.
     fn come(tailnet: &Tailnet, id: NodeId) {
         let mut locked = tailnet.lock();
-        locked.state.sessions.insert(id, Presence { streams: 1, ..Presence::default() });
+        locked.state.sessions.insert(id, Presence::default());
         locked.state.leaving.remove(&id);
         let node =
             NodeRecord { online: true, routing: true, ..(**locked.snapshot().node(id).unwrap()).clone() };
@@ -239,7 +254,7 @@ mod tests {
                     }
                     2 => {
                         if let Some(presence) = tailnet.lock().state.sessions.get_mut(&id) {
-                            presence.answered();
+                            presence.answered(1, 1, Instant::now());
                         }
                     }
                     _ => {}

@@ -90,6 +90,8 @@ pub struct NodeRecord {
     /// program (routers come back before they are given up) and while its session is open and does not answer.
     pub routing: bool,
     pub expired: bool,
+    /// Where the machines are that use its keys at once, sorted; none as long as it is one machine.
+    pub copies: Vec<IpAddr>,
     pub(super) peer_json: OnceLock<Box<RawValue>>,
 }
 
@@ -103,6 +105,7 @@ impl Clone for NodeRecord {
             endpoints: self.endpoints.clone(),
             tags: self.tags.clone(),
             approved: self.approved.clone(),
+            copies: self.copies.clone(),
             peer_json: OnceLock::new(),
             ..*self
         }
@@ -151,6 +154,7 @@ impl NodeRecord {
             online: facts.online,
             routing: false,
             expired: false,
+            copies: Vec::new(),
             peer_json: OnceLock::new(),
         }
     }
@@ -198,6 +202,18 @@ impl NodeRecord {
 
     pub fn is_expired_at(&self, now: i64) -> bool {
         self.key_expiry.is_some_and(|expiry| expiry <= now)
+    }
+
+    /// What its user must know, in the words that `status` shows.
+    pub(super) fn health(&self) -> Vec<String> {
+        if self.copies.is_empty() {
+            return Vec::new();
+        }
+        let addresses: Vec<_> = self.copies.iter().map(ToString::to_string).collect();
+        vec![format!(
+            "two machines use this node's keys at once (seen at {}), since its state directory was copied: on the copy, stop the daemon, delete its state directory and log in again",
+            addresses.join(" and ")
+        )]
     }
 
     pub fn home_derp(&self) -> u16 {

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use lacis_wire::control::{Hostinfo, UserId};
 use lacis_wire::key::{MachineKey, NodeKey};
 
+use super::names::{Names, label};
 use super::record::NodeRecord;
 use super::tailnet::{Tailnet, What};
 use super::update::Report;
-use super::{Core, auth_key, names, now, pending, rules};
+use super::{Core, auth_key, now, pending, rules};
 use crate::store::{self, AuthKeyRow, NodeFacts, NodeRow, Write};
 
 /// Why a node may not join. The texts are those that users know from other servers of this protocol.
@@ -403,20 +404,13 @@ pub fn merged(old: &Hostinfo, new: Hostinfo) -> Hostinfo {
 }
 
 /// The name of a node whose host is now called `hostname`; notes it as taken.
-pub fn follow_name(
-    taken: &mut std::collections::HashMap<String, lacis_wire::control::NodeId>,
-    node: &NodeRecord,
-    hostname: &str,
-) -> String {
-    if node.name_is_given
-        || hostname.is_empty()
-        || names::label(hostname) == names::label(&node.hostinfo.hostname)
-    {
+pub fn follow_name(names: &mut Names, node: &NodeRecord, hostname: &str) -> String {
+    if node.name_is_given || hostname.is_empty() || label(hostname) == label(&node.hostinfo.hostname) {
         return node.name.clone();
     }
-    taken.remove(&node.name);
-    let name = names::free(&names::label(hostname), |name| taken.contains_key(name));
-    taken.insert(name.clone(), node.id);
+    names.give_back(&node.name);
+    let name = names.free(&label(hostname));
+    names.take(name.clone(), node.id);
     name
 }
 
@@ -446,9 +440,8 @@ impl<'a> Reserved<'a> {
             let texts = || pools.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             locked.state.addresses.give_from(&pools).ok_or_else(|| Refused::PoolEmpty(texts()))?
         };
-        let label = names::label(&hostinfo.hostname);
-        let name = names::free(&label, |name| locked.state.names.contains_key(name));
-        locked.state.names.insert(name.clone(), id);
+        let name = locked.state.names.free(&label(&hostinfo.hostname));
+        locked.state.names.take(name.clone(), id);
         Ok(Self { tailnet, id, name, v4, v6, keep: false })
     }
 
@@ -461,7 +454,7 @@ impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if !self.keep {
             let mut locked = self.tailnet.lock();
-            locked.state.names.remove(&self.name);
+            locked.state.names.give_back(&self.name);
             locked.state.addresses.give_back(self.v4);
         }
     }

@@ -1,6 +1,7 @@
 //! Map streams: who listens, from when to when, and what each is sent next.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use lacis_wire::control::{NodeId, PeerChange, to_json};
@@ -12,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::frames::Whole;
 use super::owed::Before;
 use super::record::NodeRecord;
+use super::streams::Origin;
 use super::tailnet::{Since, Tailnet, What};
 use super::{Core, frames, now, presence};
 
@@ -66,11 +68,12 @@ impl Core {
         &self,
         tailnet: &Arc<Tailnet>,
         node: &NodeRecord,
+        origin: Origin,
         compression: Compression,
     ) -> Result<Option<(Subscription, Bytes)>, mapframe::Error> {
         let mut locked = tailnet.lock();
         let presence = locked.state.sessions.entry(node.id).or_default();
-        let (number, latest) = presence.open();
+        let (number, latest) = presence.open(origin, Instant::now());
         let questions = presence.questions();
         locked.state.leaving.remove(&node.id);
         self.0.streams.inc();
@@ -157,7 +160,7 @@ impl Subscription {
                     }
                 }
                 number = asked(&mut self.questions) => {
-                    let question = presence::question(&self.tailnet.settings.server_url, self.node, number);
+                    let question = presence::question(&self.tailnet.settings.server_url, self.node, number, self.number);
                     return mapframe::encode(&to_json(&question), self.compression).map(Next::Frame);
                 }
                 _ = self.latest.wait_for(|latest| *latest >= successor) => return Ok(Next::End),
@@ -218,8 +221,8 @@ impl Drop for Subscription {
         self.core.0.streams.dec();
         let mut locked = self.tailnet.lock();
         if let Some(presence) = locked.state.sessions.get_mut(&self.node) {
-            presence.streams -= 1;
-            if presence.streams == 0 {
+            presence.streams.close(self.number);
+            if presence.streams.is_empty() {
                 locked.state.sessions.remove(&self.node);
                 let router = !locked.snapshot().network.approved(self.node).is_empty();
                 let grace = if router { ROUTER_GRACE_SECONDS } else { GRACE_SECONDS };

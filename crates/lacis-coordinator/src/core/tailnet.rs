@@ -19,11 +19,12 @@ use tokio::sync::watch;
 use super::addresses::Addresses;
 use super::change::NodeLocks;
 use super::frames::FrameCache;
+use super::names::Names;
 use super::policy::{PolicySource, PolicyState};
 use super::presence::Presence;
 use super::record::{NodeRecord, TAGGED_USER, UserRecord, tagged_profile};
 use super::update::Reports;
-use super::{names, now, rules};
+use super::{now, rules};
 
 /// Changes that the log remembers: a listener further behind is sent everything.
 const MAX_LOG_CHANGES: usize = 2048;
@@ -143,6 +144,8 @@ pub struct Settings {
     pub domain: String,
     /// Without a slash at its end.
     pub server_url: String,
+    /// The host names of the coordinator and the relays.
+    pub servers: Vec<String>,
     /// Parts of the first frame, encoded once.
     pub derp_map: Box<RawValue>,
     pub dns: Box<RawValue>,
@@ -153,7 +156,7 @@ pub struct Settings {
 #[derive(Debug, Default)]
 pub struct State {
     pub addresses: Addresses,
-    pub names: HashMap<String, NodeId>,
+    pub names: Names,
     pub by_machine: HashMap<MachineKey, Vec<NodeId>>,
     /// Of nodes with open map streams.
     pub sessions: HashMap<NodeId, Presence>,
@@ -215,17 +218,25 @@ impl Tailnet {
         users: Vec<UserRecord>,
         mut nodes: Vec<NodeRecord>,
     ) -> Self {
-        let mut state = State::default();
+        let mut state =
+            State { names: Names::new(settings.servers.iter().map(String::as_str)), ..State::default() };
         // Names that follow their hosts are written later than they are given: after a crash two nodes may have the
         // same one in the database. One that an administrator gave stays.
         nodes.sort_by_key(|node| (!node.name_is_given, node.id));
         for node in &mut nodes {
             // And an older version gave names that no node may have.
-            if names::is_reserved(&node.name) || state.names.contains_key(&node.name) {
-                node.name = names::free(&node.name, |name| state.names.contains_key(name));
+            if state.names.is_reserved(&node.name) || state.names.holder(&node.name).is_some() {
+                let name = state.names.free(&node.name);
+                tracing::warn!(
+                    tailnet = settings.name,
+                    node = node.name,
+                    name,
+                    "no node can have this name (any more)"
+                );
+                node.name = name;
                 state.dirty.insert(node.id);
             }
-            state.names.insert(node.name.clone(), node.id);
+            state.names.take(node.name.clone(), node.id);
         }
         nodes.sort_by_key(|node| node.id);
         for node in &nodes {
@@ -316,7 +327,7 @@ impl Editing<'_> {
     pub fn remove(&mut self, node: &NodeRecord) {
         let id = node.id;
         self.state.addresses.give_back(node.v4);
-        self.state.names.remove(&node.name);
+        self.state.names.give_back(&node.name);
         if let Some(ids) = self.state.by_machine.get_mut(&node.machine_key) {
             ids.retain(|other| *other != id);
             if ids.is_empty() {
@@ -377,6 +388,7 @@ pub(super) mod tests {
             name: "lab".to_owned(),
             domain: "lab.example.com".to_owned(),
             server_url: String::new(),
+            servers: vec!["mesh.example.org".to_owned()],
             derp_map: RawValue::NULL.to_owned(),
             dns: RawValue::NULL.to_owned(),
             policy: PolicySource::Database,
@@ -402,11 +414,14 @@ pub(super) mod tests {
 
     #[test]
     fn a_name_that_programs_look_up_by_themselves_is_not_kept_from_an_older_version() {
-        let network =
-            network(vec![node(1, "wpad"), NodeRecord { name_is_given: true, ..node(2, "ip6-allnodes") }]);
+        let network = network(vec![
+            node(1, "wpad"),
+            NodeRecord { name_is_given: true, ..node(2, "ip6-allnodes") },
+            node(3, "mesh"),
+        ]);
         let names: Vec<_> = network.snapshot().nodes.iter().map(|node| node.name.clone()).collect();
-        assert_eq!(names, ["node-wpad", "node-ip6-allnodes"]);
-        assert_eq!(network.lock().state.dirty, [NodeId(1), NodeId(2)].into());
+        assert_eq!(names, ["node-wpad", "node-ip6-allnodes", "node-mesh"]);
+        assert_eq!(network.lock().state.dirty, [NodeId(1), NodeId(2), NodeId(3)].into());
     }
 
     #[test]
