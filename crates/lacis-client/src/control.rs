@@ -19,7 +19,7 @@ use lacis_wire::CURRENT_CAPABILITY_VERSION;
 use lacis_wire::control::{
     Hostinfo, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, to_json,
 };
-use lacis_wire::io::{ControlClient, ControlDialer, DialError};
+use lacis_wire::io::{ControlClient, ControlDialer, DialError, Proxies};
 use lacis_wire::key::{DiscoKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::mapframe::{self, Compression};
 use lacis_wire::text;
@@ -78,6 +78,7 @@ pub(crate) struct ControlConfig {
     pub accept_new_key: bool,
     pub server_address: Option<IpAddr>,
     pub fwmark: Option<u32>,
+    pub proxies: Arc<Proxies>,
 }
 
 /// What this node says of itself. Sent when it changes.
@@ -115,7 +116,8 @@ pub(crate) enum ControlEvent {
     /// A session stands.
     Connected {
         server_key: MachineKey,
-        address: SocketAddr,
+        /// None through a proxy.
+        address: Option<SocketAddr>,
     },
     /// The server knows us; the map follows.
     Registered(Box<RegisterResponse>),
@@ -243,6 +245,7 @@ impl Broken {
         match self {
             // A connection that breaks or is refused says less.
             Self::Dial(DialError::KeyUnproven { source, .. }) => matches!(**source, DialError::Noise { .. }),
+            Self::Dial(DialError::Proxy(error)) => error.is_hopeless(),
             Self::Dial(error) => matches!(
                 error,
                 DialError::Url { .. }
@@ -289,13 +292,15 @@ impl Pauses {
 fn dialer(config: &ControlConfig) -> Result<ControlDialer, DialError> {
     let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?;
     let fallback = config.server_address.into_iter().collect();
-    Ok(dialer.fwmark(config.fwmark).fallback_addresses(fallback).accept_new_key(config.accept_new_key))
+    let dialer =
+        dialer.fwmark(config.fwmark).fallback_addresses(fallback).proxies(Arc::clone(&config.proxies));
+    Ok(dialer.accept_new_key(config.accept_new_key))
 }
 
 async fn connect(
     config: &ControlConfig,
     known: Option<MachineKey>,
-) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, SocketAddr), Broken> {
+) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, Option<SocketAddr>), Broken> {
     let dialer = dialer(config)?;
     let stream = dialer.dial(known).await?;
     let address = stream.address;
@@ -424,7 +429,7 @@ impl Task {
         *known = Some(client.server_key());
         // Accepted once: from now on this key counts.
         self.config.accept_new_key = false;
-        tracing::info!(url = %self.config.url, %address, took = ?started.elapsed(), "connected to the control server");
+        tracing::info!(url = %self.config.url, ?address, took = ?started.elapsed(), "connected to the control server");
         self.tell(ControlEvent::Connected { server_key: client.server_key(), address }).await?;
         if !self.registered {
             self.register(&client).await?;

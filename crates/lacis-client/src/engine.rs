@@ -27,6 +27,7 @@ use lacis_serve::log::LogLimiter;
 use lacis_tunnel::{Event, Tunnel, UdpIn};
 use lacis_wire::control::{DerpMap, DnsConfig, Hostinfo, NodeId};
 use lacis_wire::disco;
+use lacis_wire::io::Proxies;
 use lacis_wire::key::NodeKey;
 use lacis_wire::local::{
     MaskedPrefs, Netcheck, NetcheckReport, Notify, PathReport, PingResult, Prefs, StartOptions, State,
@@ -169,6 +170,7 @@ pub(crate) struct Parts {
     pub host: HostTask,
     pub bus: Bus,
     pub fwmark: Option<u32>,
+    pub proxies: Arc<Proxies>,
     pub port_map: PortMap,
     pub paths: PathOptions,
 }
@@ -201,6 +203,7 @@ pub(crate) struct Engine {
     host: HostTask,
     bus: Bus,
     fwmark: Option<u32>,
+    proxies: Arc<Proxies>,
 
     control: Option<Control>,
     /// A login that is under way.
@@ -284,6 +287,7 @@ impl Engine {
             host: parts.host,
             bus: parts.bus,
             fwmark: parts.fwmark,
+            proxies: parts.proxies,
             control: None,
             login: None,
             logouts,

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use lacis_relay::client::{DialOptions, RelayNode, latency_check};
 use lacis_tunnel::Tunnel;
-use lacis_wire::control::{DerpMap, DerpNode, NetInfo};
+use lacis_wire::control::{DerpMap, DerpNode, DerpRegion, NetInfo};
 use lacis_wire::disco::traversal::Mapping;
 use lacis_wire::local::NetcheckReport;
 use time::OffsetDateTime;
@@ -127,9 +127,9 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
     let mut awaited = 0;
     if depth == Depth::Full {
         awaited += 1;
-        let (map, fwmark, out) = (Arc::clone(map), dial.fwmark, findings.clone());
+        let (map, dial, out) = (Arc::clone(map), dial.clone(), findings.clone());
         tasks.spawn(async move {
-            drop(out.send(Measured::Portal(portal::check(&map, home, fwmark).await)).await);
+            drop(out.send(Measured::Portal(portal::check(&map, home, &dial).await)).await);
         });
         if let Some(router) = router {
             awaited += 1;
@@ -141,6 +141,7 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
     let mut for_hairpin = (depth == Depth::Full).then_some(findings);
 
     let mut report = NetcheckReport { now: Some(OffsetDateTime::now_utc()), ..NetcheckReport::default() };
+    report.proxy = proxy(&regions, dial);
     report.os_has_ipv6 = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
     let mut answers: Vec<Seen> = Vec::new();
     let mut deadline = started + LIMIT;
@@ -207,6 +208,13 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
     let mut told = HashSet::new();
     servers.retain(|server| told.insert(*server));
     (report, servers)
+}
+
+/// The proxy that leads to the relays, or to some of them.
+fn proxy(regions: &[(&u16, &DerpRegion)], dial: &DialOptions) -> String {
+    let mut nodes = regions.iter().flat_map(|(_, region)| &region.nodes).filter(|node| !node.stun_only);
+    let proxy = nodes.find_map(|node| dial.proxies.to(true, &node.host_name, node.port()));
+    proxy.map(ToString::to_string).unwrap_or_default()
 }
 
 /// All addresses of a node's STUN server in one family, at once.

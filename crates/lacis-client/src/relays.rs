@@ -80,8 +80,7 @@ impl std::fmt::Debug for Relays {
 }
 
 impl Relays {
-    pub(crate) fn new(tunnel: Tunnel, fwmark: Option<u32>, news: mpsc::Sender<RelayNews>) -> Self {
-        let dial = DialOptions { fwmark, ..DialOptions::default() };
+    pub(crate) fn new(tunnel: Tunnel, dial: DialOptions, news: mpsc::Sender<RelayNews>) -> Self {
         Self(Arc::new(Inner { tunnel, news, dial, state: Mutex::default() }))
     }
 

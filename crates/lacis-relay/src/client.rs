@@ -64,7 +64,7 @@ pub enum RelayEvent {
         relay: RelayKey,
         /// The node of the region.
         node: String,
-        /// Where it is.
+        /// Where the connection leads: to it, or to a proxy.
         remote: SocketAddr,
         /// From the first packet of the dial to here.
         took: Duration,

@@ -530,6 +530,9 @@ pub struct NetcheckReport {
     pub global_v6: String,
     /// Whether somebody answers plain HTTP in the relays' place. Unknown if no relay can tell.
     pub captive_portal: Option<bool>,
+    /// The HTTP proxy that leads to the relays, as `http://HOST:PORT`; empty without one. Not in Tailscale's report.
+    #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
+    pub proxy: String,
 }
 
 /// The answer to `/lacis/v0/netcheck`: the report, and the map its regions are in.

@@ -85,6 +85,9 @@ fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
     if let Some(captive) = report.captive_portal {
         lines.push(format!("\t* CaptivePortal: {captive}"));
     }
+    if !report.proxy.is_empty() {
+        lines.push(format!("\t* Proxy: {}", report.proxy));
+    }
     let region = |id: &u16| derp_map.regions.get(id);
     let mut by_latency: Vec<_> = report.region_latency.iter().collect();
     by_latency.sort_by_key(|(_, latency)| **latency);
@@ -133,6 +136,7 @@ mod tests {
                 pmp: Some(false),
                 pcp: Some(true),
                 captive_portal: Some(false),
+                proxy: "http://proxy.example:3128".into(),
                 ..NetcheckReport::default()
             },
             derp_map: DerpMap { regions: [(900, region)].into(), ..DerpMap::default() },
@@ -144,6 +148,7 @@ mod tests {
             "* HairPinning: false",
             "* PortMapping: UPnP, PCP",
             "* CaptivePortal: false",
+            "* Proxy: http://proxy.example:3128",
             "* Nearest DERP: At home",
             "- home: 1.5ms   (At home)",
         ] {
