@@ -19,7 +19,7 @@ use lacis_wire::CURRENT_CAPABILITY_VERSION;
 use lacis_wire::control::{
     Hostinfo, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, to_json,
 };
-use lacis_wire::io::{ControlClient, ControlDialer, DialError};
+use lacis_wire::io::{ControlClient, ControlDialer, DialError, Proxies};
 use lacis_wire::key::{DiscoKey, LockKey, MachineKey, MachinePrivateKey, NodeKey, NodePrivateKey};
 use lacis_wire::mapframe::{self, Compression};
 use lacis_wire::text;
@@ -28,6 +28,8 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
+
+use crate::error::chain;
 
 /// A stream that says nothing for this long is dead: servers send keep-alives every minute or so.
 const STREAM_SILENCE: Duration = Duration::from_mins(2);
@@ -78,6 +80,7 @@ pub(crate) struct ControlConfig {
     pub accept_new_key: bool,
     pub server_address: Option<IpAddr>,
     pub fwmark: Option<u32>,
+    pub proxies: Arc<Proxies>,
 }
 
 /// What this node says of itself. Sent when it changes.
@@ -115,7 +118,8 @@ pub(crate) enum ControlEvent {
     /// A session stands.
     Connected {
         server_key: MachineKey,
-        address: SocketAddr,
+        /// None through a proxy.
+        address: Option<SocketAddr>,
     },
     /// The server knows us; the map follows.
     Registered(Box<RegisterResponse>),
@@ -243,6 +247,7 @@ impl Broken {
         match self {
             // A connection that breaks or is refused says less.
             Self::Dial(DialError::KeyUnproven { source, .. }) => matches!(**source, DialError::Noise { .. }),
+            Self::Dial(DialError::Proxy(error)) => error.is_hopeless(),
             Self::Dial(error) => matches!(
                 error,
                 DialError::Url { .. }
@@ -258,19 +263,6 @@ impl Broken {
             _ => false,
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        source = inner.source();
-    }
-    text
 }
 
 /// Pauses that grow with the square of the failures, with some chance in them.
@@ -289,13 +281,15 @@ impl Pauses {
 fn dialer(config: &ControlConfig) -> Result<ControlDialer, DialError> {
     let dialer = ControlDialer::new(&config.url, config.machine_key.clone())?;
     let fallback = config.server_address.into_iter().collect();
-    Ok(dialer.fwmark(config.fwmark).fallback_addresses(fallback).accept_new_key(config.accept_new_key))
+    let dialer =
+        dialer.fwmark(config.fwmark).fallback_addresses(fallback).proxies(Arc::clone(&config.proxies));
+    Ok(dialer.accept_new_key(config.accept_new_key))
 }
 
 async fn connect(
     config: &ControlConfig,
     known: Option<MachineKey>,
-) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, SocketAddr), Broken> {
+) -> Result<(ControlClient, AbortOnDropHandle<Result<(), hyper::Error>>, Option<SocketAddr>), Broken> {
     let dialer = dialer(config)?;
     let stream = dialer.dial(known).await?;
     let address = stream.address;
@@ -424,7 +418,7 @@ impl Task {
         *known = Some(client.server_key());
         // Accepted once: from now on this key counts.
         self.config.accept_new_key = false;
-        tracing::info!(url = %self.config.url, %address, took = ?started.elapsed(), "connected to the control server");
+        tracing::info!(url = %self.config.url, ?address, took = ?started.elapsed(), "connected to the control server");
         self.tell(ControlEvent::Connected { server_key: client.server_key(), address }).await?;
         if !self.registered {
             self.register(&client).await?;

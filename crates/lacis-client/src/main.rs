@@ -4,9 +4,11 @@ use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use lacis_client::{Error, Options, run};
+use lacis_wire::io::Proxies;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -15,7 +17,7 @@ use tracing_subscriber::fmt::format;
 
 /// Joins this machine to a mesh. `lacis up` tells it which.
 #[derive(Debug, Parser)]
-#[command(name = "lacisd", version)]
+#[command(name = "lacisd", version, after_help = ENVIRONMENT)]
 struct Arguments {
     /// Where keys, preferences and the network map are kept (mode 0700)
     #[arg(long, value_name = "DIR", default_value = "/var/lib/lacis")]
@@ -43,6 +45,14 @@ struct Arguments {
     log: String,
 }
 
+/// What the environment says, beside options.
+const ENVIRONMENT: &str = "\
+Environment:
+  HTTPS_PROXY, HTTP_PROXY, ALL_PROXY  http://[USER:PASSWORD@]HOST[:PORT], the proxy that leads to the control server and
+                                      the relays; lower case goes before upper
+  NO_PROXY                            What is reached without it: names and all below them, addresses, networks, each
+                                      with :PORT if need be, or *";
+
 /// A configuration that does not heal by trying again (`EX_CONFIG`).
 const EXIT_CONFIG: u8 = 78;
 
@@ -55,6 +65,13 @@ fn main() -> ExitCode {
                 "lacisd: --log {:?} is no filter: {error} (try info or lacis_client=debug)",
                 arguments.log
             );
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    let proxies = match Proxies::from_env(|name| std::env::var(name).ok()) {
+        Ok(proxies) => Arc::new(proxies),
+        Err(error) => {
+            eprintln!("lacisd: {error}");
             return ExitCode::from(EXIT_CONFIG);
         }
     };
@@ -77,7 +94,7 @@ fn main() -> ExitCode {
     // Two threads do: the packets have their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(serve(arguments)),
+        Ok(runtime) => runtime.block_on(serve(arguments, proxies)),
         Err(error) => {
             eprintln!("lacisd: the runtime cannot start: {error}");
             return ExitCode::FAILURE;
@@ -100,7 +117,7 @@ fn main() -> ExitCode {
     }
 }
 
-async fn serve(arguments: Arguments) -> Result<(), Error> {
+async fn serve(arguments: Arguments, proxies: Arc<Proxies>) -> Result<(), Error> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
@@ -123,6 +140,7 @@ async fn serve(arguments: Arguments) -> Result<(), Error> {
         endpoints: arguments.endpoint,
         port_mapping: arguments.port_mapping,
         port_search: arguments.port_search,
+        proxies,
     };
     run(options, stop, || notify(sd_notify::NotifyState::Ready)).await
 }

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lacis_relay::client::DialOptions;
 use lacis_tunnel::{Tunnel, TunnelConfig};
+use lacis_wire::io::Proxies;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +43,8 @@ pub struct Options {
     pub port_mapping: bool,
     /// Whether ports of NATs may be searched for.
     pub port_search: bool,
+    /// The proxies that lead to the control server and the relays.
+    pub proxies: Arc<Proxies>,
 }
 
 /// How long a daemon that was in a network before waits with being ready for the host to look like it.
@@ -73,7 +77,11 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     saved.port = tunnel.udp_port().0;
 
     let (news, relay_news) = mpsc::channel(NEWS);
-    let relays = Relays::new(tunnel.clone(), fwmark, news);
+    if let Some(proxy) = options.proxies.https() {
+        tracing::info!(%proxy, "a proxy leads to the control server and the relays");
+    }
+    let dial = DialOptions { fwmark, proxies: Arc::clone(&options.proxies), ..DialOptions::default() };
+    let relays = Relays::new(tunnel.clone(), dial, news);
     tokio::spawn(relays.clone().carry(outputs.relay));
     tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
     let (host_sender, host_news) = mpsc::channel(NEWS);
@@ -96,6 +104,7 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         host,
         bus,
         fwmark,
+        proxies: options.proxies,
         port_map,
         paths: PathOptions {
             port: options.port,

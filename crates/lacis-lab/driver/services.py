@@ -1,8 +1,8 @@
 """Units of a bare host: starts, watches and stops programs as their unit files say, where there is no systemd.
 
 A unit is what `units.rs` read from a unit file. Kept to: Type=notify, ExecReload=, Restart=, RestartSec=,
-RestartPreventExitStatus=, StateDirectory=, RuntimeDirectory=, Environment=; a stop is SIGTERM to the whole group and
-SIGKILL after a while.
+RestartPreventExitStatus=, StateDirectory=, RuntimeDirectory=, Environment=, EnvironmentFile=; a stop is SIGTERM to the
+whole group and SIGKILL after a while.
 """
 
 from __future__ import annotations
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 # systemd's are 90 s; nothing of ours needs a tenth of that.
 START_LIMIT = 30.0
 STOP_LIMIT = 10.0
+
+
+def read_variables(home: Path, path: str) -> dict[str, str]:
+    """What an EnvironmentFile= below /etc sets: lines NAME=VALUE, quoted or not."""
+    file = home / path.removeprefix("-").removeprefix("/")
+    if path.startswith("-") and not file.exists():
+        return {}
+    variables = {}
+    for line in file.read_text().splitlines():
+        name, sign, value = line.strip().partition("=")
+        if sign and not name.startswith(("#", ";")):
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            variables[name] = value[1:-1] if quoted else value
+    return variables
 
 
 class Unit:
@@ -70,6 +84,8 @@ class Unit:
     def _launch(self, turn: int) -> None:
         home = self.machine.home
         environment = dict(self.data["environment"])
+        for path in self.data["environment_files"]:
+            environment.update(read_variables(home, path))
         for kind, root, mode in (("state", "var-lib", 0o700), ("runtime", "run", 0o755)):
             for folder in self.data[kind]:
                 path = home / root / folder

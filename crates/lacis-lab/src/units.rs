@@ -38,6 +38,8 @@ pub struct Unit {
     pub runtime: Vec<String>,
     /// Variables.
     pub environment: BTreeMap<String, String>,
+    /// Files with more of them, read when it starts; those that begin with `-` need not be there.
+    pub environment_files: Vec<String>,
 }
 
 fn text_of(service: Service) -> &'static str {
@@ -76,6 +78,7 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
         state: Vec::new(),
         runtime: Vec::new(),
         environment: BTreeMap::new(),
+        environment_files: Vec::new(),
     };
     let words = |value: &str| value.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     for line in text.lines() {
@@ -96,6 +99,7 @@ pub fn parse(name: &str, text: &str) -> Result<Unit> {
                 let (variable, value) = value.split_once('=').context("Environment= without a value")?;
                 unit.environment.insert(variable.to_owned(), value.to_owned());
             }
+            "EnvironmentFile" => unit.environment_files.push(value.to_owned()),
             _ => {}
         }
     }
@@ -168,6 +172,7 @@ mod tests {
         assert_eq!(unit.command[0], "/run/lab/bin/lacisd");
         assert_eq!(unit.command.last().unwrap(), "--verbose");
         assert!(unit.notify && unit.restart == "always" && unit.restart_prevent == [78]);
+        assert_eq!(unit.environment_files, ["-/etc/default/lacisd"]);
         assert_eq!((unit.state, unit.runtime), (vec!["lacis".to_owned()], vec!["lacis".to_owned()]));
         let unit = of(Service::Coordinator, &[]).unwrap();
         assert_eq!(unit.reload[0], ["/bin/kill", "-HUP", "$MAINPID"]);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use lacis_wire::io::{
-    BoxStream, ControlClient, ControlDialer, ControlUrl, DialError, client_config, encode_early,
+    BoxStream, ControlClient, ControlDialer, ControlUrl, DialError, Proxies, client_config, encode_early,
 };
 use lacis_wire::key::{MachineKey, MachinePrivateKey};
 use lacis_wire::noise::{Responder, error_frame};
@@ -95,7 +95,7 @@ async fn records_in_the_same_segment_as_the_upgrade_are_not_lost() {
     .await;
     let mut control = dial(address).await.unwrap();
     assert_eq!(control.server_key, public);
-    assert_eq!(control.address, address);
+    assert_eq!(control.address, Some(address));
     let mut text = [0; 12];
     control.stream.read_exact(&mut text).await.unwrap();
     assert_eq!(&text, b"said at once");
@@ -445,4 +445,57 @@ fn urls_are_checked_before_anything_is_dialled() {
     );
     let url = ControlUrl::parse("http://[::1]:8080").unwrap();
     assert_eq!((url.host(), url.port(), url.authority().as_str()), ("::1", 8080, "[::1]:8080"));
+}
+
+/// A proxy that wants a password and connects to `to`, whatever name it is given; each request's head.
+async fn proxy(to: SocketAddr) -> (SocketAddr, tokio::sync::mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (heads, asked) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let heads = heads.clone();
+            tokio::spawn(async move {
+                let mut stream: BoxStream = Box::new(stream);
+                let head = head(&mut stream).await.unwrap();
+                let known = head.contains("Proxy-Authorization: Basic dXNlcjpwYXNz\r\n");
+                heads.send(head).unwrap();
+                if !known {
+                    let refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n";
+                    return stream.write_all(refusal).await.unwrap();
+                }
+                let mut far = tokio::net::TcpStream::connect(to).await.unwrap();
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                // Ends with the connection.
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut far).await;
+            });
+        }
+    });
+    (address, asked)
+}
+
+fn by(proxy: &str) -> Arc<Proxies> {
+    let value = |name: &str| (name == "http_proxy").then(|| proxy.to_owned());
+    Arc::new(Proxies::from_env(value).unwrap())
+}
+
+#[tokio::test]
+async fn a_proxy_leads_to_a_server_whose_name_only_it_knows() {
+    let private = MachinePrivateKey::generate();
+    let (proxy, mut asked) = proxy(server(with_key(private.clone())).await).await;
+    let dialer = dialer("http://mesh.invalid:8080").proxies(by(&format!("http://user:pass@{proxy}")));
+    assert_eq!(dialer.fetch_key().await.unwrap(), private.public());
+    assert!(asked.recv().await.unwrap().starts_with("CONNECT mesh.invalid:8080 HTTP/1.1\r\n"));
+}
+
+#[tokio::test]
+async fn what_a_proxy_refuses_is_not_tried_beside_it() {
+    let to = server(with_key(MachinePrivateKey::generate())).await;
+    let (proxy, _asked) = proxy(to).await;
+    let dialer = dialer("http://mesh.invalid").proxies(by(&format!("http://user:wrong@{proxy}")));
+    let error = dialer.fetch_key().await.unwrap_err();
+    assert!(matches!(error, DialError::Proxy(_)), "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&format!("{proxy} refuses to connect to mesh.invalid:80: 407")), "{text}");
+    assert!(!text.contains("wrong"), "{text}");
 }

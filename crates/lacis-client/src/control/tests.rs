@@ -112,6 +112,7 @@ fn config(url: String, server_key: Option<MachineKey>) -> ControlConfig {
         accept_new_key: false,
         server_address: None,
         fwmark: None,
+        proxies: Arc::default(),
     }
 }
 

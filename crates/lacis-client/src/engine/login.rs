@@ -1,5 +1,7 @@
 //! Who this node is to the control server: logging in and out, preferences, and the state that follows.
 
+use std::sync::Arc;
+
 use lacis_wire::control::{RegisterResponse, UserProfile};
 use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
@@ -247,6 +249,7 @@ impl Engine {
             accept_new_key: self.accept_new_key,
             server_address: self.saved.server_address,
             fwmark: self.fwmark,
+            proxies: Arc::clone(&self.proxies),
         }
     }
 
@@ -275,7 +278,9 @@ impl Engine {
             ControlEvent::Connected { server_key, address } => {
                 self.saved.server_key = Some(server_key);
                 self.accept_new_key = false;
-                self.saved.server_address = Some(address.ip());
+                if let Some(address) = address {
+                    self.saved.server_address = Some(address.ip());
+                }
                 self.trouble = None;
             }
             ControlEvent::Registered(reply) => self.registered(&reply),

@@ -1,6 +1,8 @@
 //! Leaving a network. The control server is asked to expire this node's key before anything is torn down, and again at
 //! the next chance if it cannot be reached then: a copy of the key must not stay valid.
 
+use std::sync::Arc;
+
 use lacis_wire::key::NodeKey;
 use lacis_wire::local::{Notify, Prefs};
 use time::OffsetDateTime;
@@ -108,6 +110,7 @@ impl Engine {
             accept_new_key: false,
             server_address: departure.server_address,
             fwmark: self.fwmark,
+            proxies: Arc::clone(&self.proxies),
         };
         let facts = hostinfo::with_prefs(&self.host_facts, &self.saved.prefs);
         let sender = self.logouts.sender.clone();

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use http::header::HOST;
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
+use lacis_relay::client::DialOptions;
 use lacis_wire::control::DerpMap;
+use lacis_wire::io::Proxies;
 use time::OffsetDateTime;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -22,11 +24,13 @@ const CHALLENGE: &str = "x-tailscale-challenge";
 const ANSWER: &str = "x-tailscale-response";
 
 /// Relays that can tell, those of the home region first: with plain HTTP, and an address that no resolver has to give.
-fn relays(map: &DerpMap, home: u16) -> Vec<Ipv4Addr> {
+/// Those that a proxy leads to are not asked: who answers in their place on the direct way is of no consequence.
+fn relays(map: &DerpMap, home: u16, proxies: &Proxies) -> Vec<Ipv4Addr> {
     let usable = map.regions.values().filter(|region| !region.avoid && !region.no_measure_no_home);
     let mut regions: Vec<_> = usable.collect();
     regions.sort_by_key(|region| region.region_id != home);
     let nodes = regions.iter().flat_map(|region| &region.nodes).filter(|node| node.can_port80);
+    let nodes = nodes.filter(|node| proxies.to(true, &node.host_name, node.port()).is_none());
     nodes.filter_map(|node| node.ipv4.parse().ok()).take(MOST).collect()
 }
 
@@ -61,8 +65,10 @@ async fn ask(relay: Ipv4Addr, fwmark: Option<u32>) -> Option<bool> {
 }
 
 /// Is this host behind a captive portal? `None` where no relay can tell.
-pub(super) async fn check(map: &DerpMap, home: u16, fwmark: Option<u32>) -> Option<bool> {
-    let mut asks: JoinSet<_> = relays(map, home).into_iter().map(|relay| ask(relay, fwmark)).collect();
+pub(super) async fn check(map: &DerpMap, home: u16, dial: &DialOptions) -> Option<bool> {
+    let fwmark = dial.fwmark;
+    let mut asks: JoinSet<_> =
+        relays(map, home, &dial.proxies).into_iter().map(|relay| ask(relay, fwmark)).collect();
     let mut found = None;
     while let Some(answer) = asks.join_next().await {
         match answer {
@@ -90,8 +96,11 @@ mod tests {
         map.regions.insert(1, region(1, vec![node("192.0.2.1", true), node("192.0.2.2", false)]));
         map.regions.insert(2, region(2, vec![node("", true), node("192.0.2.3", true)]));
         map.regions.insert(3, DerpRegion { avoid: true, ..region(3, vec![node("192.0.2.4", true)]) });
-        assert_eq!(relays(&map, 2), [Ipv4Addr::new(192, 0, 2, 3), RELAY]);
-        assert_eq!(relays(&map, 0), [RELAY, Ipv4Addr::new(192, 0, 2, 3)]);
+        let direct = Proxies::default();
+        assert_eq!(relays(&map, 2, &direct), [Ipv4Addr::new(192, 0, 2, 3), RELAY]);
+        assert_eq!(relays(&map, 0, &direct), [RELAY, Ipv4Addr::new(192, 0, 2, 3)]);
+        let value = |name: &str| (name == "HTTPS_PROXY").then(|| "proxy.example:3128".to_owned());
+        assert_eq!(relays(&map, 2, &Proxies::from_env(value).unwrap()), [Ipv4Addr::UNSPECIFIED; 0]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! From a region to a byte stream on which DERP is spoken: TCP (both families raced), TLS, the HTTP upgrade.
+//! From a region to a byte stream on which DERP is spoken: TCP (both families raced), a proxy where one leads there, TLS,
+//! the HTTP upgrade.
 
 use std::collections::HashMap;
 use std::io;
@@ -6,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use lacis_wire::io::{BoxStream, DialError, native_roots};
+use lacis_wire::io::{BoxStream, DialError, Proxies, Proxy, ProxyError, native_roots};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -40,6 +41,8 @@ const MAX_HEAD: usize = 16 << 10;
 pub struct DialOptions {
     /// Firewall mark of the sockets, so that they do not go through the tunnel they carry.
     pub fwmark: Option<u32>,
+    /// The proxies that lead out of this host's network.
+    pub proxies: Arc<Proxies>,
     /// The authorities trusted; the system's (`SSL_CERT_FILE` honoured) if none are given.
     pub roots: Option<Arc<RootCertStore>>,
     /// All nodes in cleartext, whatever they say. Labs and tests only.
@@ -75,6 +78,24 @@ pub enum ConnectError {
         address: SocketAddr,
         /// What the system said.
         source: io::Error,
+    },
+    /// The proxy that leads to the relay cannot be reached.
+    #[error("cannot reach {host} by the proxy {proxy}")]
+    ProxyAway {
+        /// The node.
+        host: String,
+        /// The proxy.
+        proxy: String,
+        /// What went wrong on the way to it.
+        source: Box<ConnectError>,
+    },
+    /// The proxy that leads to the relay does not connect to it.
+    #[error("cannot connect to {host}")]
+    Proxy {
+        /// The node.
+        host: String,
+        /// What the proxy said.
+        source: ProxyError,
     },
     /// No root certificates.
     #[error("no authorities to trust")]
@@ -120,6 +141,7 @@ pub enum ConnectError {
 pub(super) struct Dialed {
     pub(super) stream: BoxStream,
     pub(super) node: String,
+    /// Where the TCP connection leads: to the relay, or to a proxy.
     pub(super) remote: SocketAddr,
     /// What came behind the answer's head.
     pub(super) rest: Vec<u8>,
@@ -171,15 +193,22 @@ impl Dialer {
         Ok(Dialed { stream, node: node.name.clone(), remote, rest })
     }
 
-    /// TCP and TLS.
+    /// TCP, the proxy where there is one, and TLS.
     async fn connect(&self, node: &RelayNode) -> Result<(BoxStream, SocketAddr), ConnectError> {
         if !is_token(&node.host) {
             let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not the name of a host");
             return Err(ConnectError::Resolve { host: node.host.clone(), source });
         }
-        let (tcp, remote) = self.tcp(node).await?;
-        if node.plain_http || self.options.plain_http {
-            return Ok((Box::new(tcp), remote));
+        let plain = node.plain_http || self.options.plain_http;
+        let (stream, remote): (BoxStream, _) = match self.options.proxies.to(!plain, &node.host, node.port) {
+            Some(proxy) => self.through(proxy, node).await?,
+            None => {
+                let (tcp, remote) = self.tcp(node).await?;
+                (Box::new(tcp), remote)
+            }
+        };
+        if plain {
+            return Ok((stream, remote));
         }
         let host = node.host.trim_matches(['[', ']']).to_owned();
         let name = ServerName::try_from(host).map_err(|error| ConnectError::TlsSetup {
@@ -188,7 +217,7 @@ impl Dialer {
         })?;
         let connector = TlsConnector::from(self.tls_config(node)?);
         let tls = connector
-            .connect(name, ReadAhead::new(tcp))
+            .connect(name, ReadAhead::new(stream))
             .await
             .map_err(|source| ConnectError::Tls { host: node.host.clone(), source })?;
         Ok((Box::new(tls), remote))
@@ -211,6 +240,43 @@ impl Dialer {
         let config = Arc::new(config);
         known.insert(node.name.clone(), (node.cert.clone(), Arc::clone(&config)));
         Ok(config)
+    }
+
+    /// A tunnel through a proxy. It is asked for the node's name, since its rules may be about names, and for the
+    /// addresses of the map where it cannot connect to that.
+    async fn through(
+        &self,
+        proxy: &Proxy,
+        node: &RelayNode,
+    ) -> Result<(BoxStream, SocketAddr), ConnectError> {
+        let name = node.host.trim_matches(['[', ']']).to_owned();
+        let mut targets = vec![name];
+        if let Family::At(ip) = node.ipv4 {
+            targets.push(ip.to_string());
+        }
+        if let Family::At(ip) = node.ipv6 {
+            targets.push(ip.to_string());
+        }
+        targets.dedup();
+        let mut first = None;
+        for target in targets {
+            let (tcp, remote) =
+                self.tcp(&RelayNode::new(proxy.host(), proxy.port())).await.map_err(|source| {
+                    let source = Box::new(source);
+                    ConnectError::ProxyAway { host: node.host.clone(), proxy: proxy.to_string(), source }
+                })?;
+            match proxy.connect(Box::new(tcp), &target, node.port).await {
+                Ok(stream) => return Ok((stream, remote)),
+                Err(source) => {
+                    let hopeless = source.is_hopeless();
+                    first.get_or_insert(ConnectError::Proxy { host: node.host.clone(), source });
+                    if hopeless {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(first.unwrap_or(ConnectError::NoNodes))
     }
 
     async fn tcp(&self, node: &RelayNode) -> Result<(TcpStream, SocketAddr), ConnectError> {

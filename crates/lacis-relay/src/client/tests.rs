@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
+use lacis_wire::io::Proxies;
 use lacis_wire::key::RelayPrivateKey;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -373,4 +375,101 @@ fn the_first_retry_is_at_once_and_pauses_end_at_five_seconds() {
     assert_eq!(all[2], FIRST_PAUSE * 2);
     assert_eq!(all[11], MAX_PAUSE);
     assert!(pauses.next(0) >= MAX_PAUSE.mul_f64(0.74));
+}
+
+#[tokio::test]
+async fn a_proxy_leads_to_a_relay_by_its_name_and_else_by_its_address() {
+    let server = Server::start("127.0.0.1:0", open_relay(), None).await;
+    let to = server.address;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap().to_string();
+    // It knows no names.
+    let (asked, mut targets) = mpsc::unbounded_channel();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let asked = asked.clone();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await.unwrap());
+                }
+                let target = String::from_utf8(head).unwrap().split(' ').nth(1).unwrap().to_owned();
+                let known = target.starts_with("192.0.2.1:");
+                asked.send(target).unwrap();
+                if !known {
+                    return stream.write_all(b"HTTP/1.1 502 Bad Gateway\r\n\r\n").await.unwrap();
+                }
+                let mut far = tokio::net::TcpStream::connect(to).await.unwrap();
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                // Ends with the connection.
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut far).await;
+            });
+        }
+    });
+    let value = |name: &str| (name == "http_proxy").then(|| proxy.clone());
+    let proxies = Arc::new(Proxies::from_env(value).unwrap());
+    let node = RelayNode {
+        ipv4: Family::At(std::net::Ipv4Addr::new(192, 0, 2, 1)),
+        ..RelayNode::new("relay.invalid", 443)
+    };
+    let mut a = Client::start(node, DialOptions { proxies, ..plain() });
+    a.connected().await;
+    assert_eq!(targets.recv().await.unwrap(), "relay.invalid:443");
+    assert_eq!(targets.recv().await.unwrap(), "192.0.2.1:443");
+    serving.abort();
+    server.stop().await;
+}
+
+/// A relay that logs a client in, answers so many of its pings, and then takes everything in silence.
+async fn falling_silent(mut stream: tokio::io::DuplexStream, mut pongs: u32) {
+    let relay = RelayPrivateKey::generate();
+    stream.write_all(&derp::Frame::ServerKey(relay.public()).to_bytes()).await.unwrap();
+    let (mut decoder, mut input) = (derp::Decoder::new(derp::Role::Server), bytes::BytesMut::new());
+    while stream.read_buf(&mut input).await.unwrap() > 0 {
+        while let Some(frame) = decoder.decode(&mut input).unwrap() {
+            match frame {
+                derp::Frame::ClientInfo { key, .. } => {
+                    let login = derp::LoginBox::server(&relay, &key);
+                    let sealed = derp::ServerInfo::default().seal(&login, derp::random_nonce());
+                    stream.write_all(&derp::Frame::ServerInfo(sealed).to_bytes()).await.unwrap();
+                }
+                derp::Frame::Ping(token) if pongs > 0 => {
+                    pongs -= 1;
+                    stream.write_all(&derp::Frame::Pong(token).to_bytes()).await.unwrap();
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_falls_silent_is_left_within_ten_seconds_and_one_that_answers_is_not() {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    tokio::spawn(falling_silent(far, 100));
+    let (packets, _packets) = mpsc::unbounded_channel();
+    let (events, _events) = mpsc::unbounded_channel();
+    let shared = Arc::new(Shared {
+        region: 900,
+        queue: SendQueue::new(SEND_QUEUE_BYTES, OFFLINE_QUEUE_BYTES),
+        counters: Counters::default(),
+        connected: AtomicBool::new(false),
+        home: AtomicBool::new(true),
+        pings: Mutex::default(),
+        redial: Notify::new(),
+        handler: Arc::new(Ear { packets, events }),
+    });
+    let dialed = dial::Dialed {
+        stream: Box::new(near),
+        node: "900a".to_owned(),
+        remote: "192.0.2.1:443".parse().unwrap(),
+        rest: Vec::new(),
+    };
+    let started = Instant::now();
+    let end = connection::run(&shared, dialed, &NodePrivateKey::generate(), started).await;
+    assert!(matches!(end, Err(End::Silent)), "{end:?}");
+    let answered = Duration::from_secs(400);
+    let took = started.elapsed();
+    assert!(took > answered && took < answered + Duration::from_secs(10), "{took:?}");
 }

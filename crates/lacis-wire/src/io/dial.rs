@@ -29,7 +29,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::error::tls_error;
-use super::{BoxStream, DialError, NoiseStream, client_config, native_roots};
+use super::{BoxStream, DialError, NoiseStream, Proxies, Proxy, ProxyError, client_config, native_roots};
 use crate::key::{MachineKey, MachinePrivateKey};
 use crate::noise::{HEADER_LEN, Initiator};
 
@@ -145,8 +145,8 @@ pub struct ControlStream {
     pub stream: NoiseStream<BoxStream>,
     /// The server's key that authenticated it.
     pub server_key: MachineKey,
-    /// The address that was connected to: worth remembering for when DNS is away.
-    pub address: SocketAddr,
+    /// The server's address that was connected to, worth remembering for when DNS is away; none through a proxy.
+    pub address: Option<SocketAddr>,
 }
 
 impl fmt::Debug for ControlStream {
@@ -166,6 +166,7 @@ pub struct ControlDialer {
     version: u16,
     fwmark: Option<u32>,
     fallback: Vec<IpAddr>,
+    proxies: Arc<Proxies>,
     accept_new_key: bool,
     timeout: Duration,
     tls: Arc<OnceLock<Arc<ClientConfig>>>,
@@ -180,6 +181,7 @@ impl ControlDialer {
             version: crate::CURRENT_CAPABILITY_VERSION,
             fwmark: None,
             fallback: Vec::new(),
+            proxies: Arc::default(),
             accept_new_key: false,
             timeout: DIAL_TIMEOUT,
             tls: Arc::default(),
@@ -211,6 +213,13 @@ impl ControlDialer {
     #[must_use]
     pub fn fallback_addresses(mut self, addresses: Vec<IpAddr>) -> Self {
         self.fallback = addresses;
+        self
+    }
+
+    /// Goes through these proxies, where they lead to the server.
+    #[must_use]
+    pub fn proxies(mut self, proxies: Arc<Proxies>) -> Self {
+        self.proxies = proxies;
         self
     }
 
@@ -281,7 +290,8 @@ impl ControlDialer {
     }
 
     async fn attempt(&self, known: Option<MachineKey>) -> Result<ControlStream, DialError> {
-        self.limited("connecting", async {
+        let doing = if self.proxy().is_some() { "connecting through the proxy" } else { "connecting" };
+        self.limited(doing, async {
             let (mut http, address) = self.open().await?;
             let server_key = match known {
                 Some(key) => key,
@@ -321,11 +331,21 @@ impl ControlDialer {
         DialError::NotControl { url: self.url.text.clone(), what: what.into() }
     }
 
-    /// TCP, TLS where the URL asks for it, and HTTP/1.1 on top.
-    async fn open(&self) -> Result<(http1::SendRequest<Empty<Bytes>>, SocketAddr), DialError> {
-        let (tcp, address) = self.connect().await?;
-        let stream: BoxStream =
-            if self.url.https { Box::new(self.encrypt(tcp).await?) } else { Box::new(tcp) };
+    /// The proxy that leads to the server, if any does.
+    fn proxy(&self) -> Option<&Proxy> {
+        self.proxies.to(self.url.https, &self.url.host, self.url.port)
+    }
+
+    /// TCP, the proxy where there is one, TLS where the URL asks for it, and HTTP/1.1 on top.
+    async fn open(&self) -> Result<(http1::SendRequest<Empty<Bytes>>, Option<SocketAddr>), DialError> {
+        let (stream, address) = match self.proxy() {
+            Some(proxy) => (self.through(proxy).await.map_err(DialError::Proxy)?, None),
+            None => {
+                let (tcp, address) = self.connect().await?;
+                (Box::new(tcp) as BoxStream, Some(address))
+            }
+        };
+        let stream: BoxStream = if self.url.https { Box::new(self.encrypt(stream).await?) } else { stream };
         let (sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(self.http_error("connecting"))?;
         tokio::spawn(async move {
@@ -355,24 +375,26 @@ impl ControlDialer {
         Ok(self.fallback.iter().map(with_port).collect())
     }
 
-    /// The first address that accepts, each started a little after the one before.
+    /// TCP to the server itself.
     async fn connect(&self) -> Result<(TcpStream, SocketAddr), DialError> {
-        let mut attempts = FuturesUnordered::new();
-        for (i, address) in self.addresses().await?.into_iter().enumerate() {
-            attempts.push(async move {
-                tokio::time::sleep(NEXT_ADDRESS * i as u32).await;
-                let result = connect_one(address, self.fwmark).await;
-                (address, result)
-            });
+        match first_to_accept(self.addresses().await?, self.fwmark).await {
+            Ok(found) => Ok(found),
+            Err(Some((address, source))) => Err(DialError::Connect { address, source }),
+            Err(None) => Err(self.not_control("it has no address")),
         }
-        let mut last = None;
-        while let Some((address, result)) = attempts.next().await {
-            match result {
-                Ok(stream) => return Ok((stream, address)),
-                Err(source) => last = Some(DialError::Connect { address, source }),
+    }
+
+    /// A tunnel through a proxy, which resolves the server's name.
+    async fn through(&self, proxy: &Proxy) -> Result<BoxStream, ProxyError> {
+        let unresolved = |source| ProxyError::Resolve { proxy: proxy.to_string(), source };
+        let found = tokio::net::lookup_host((proxy.host(), proxy.port())).await.map_err(unresolved)?;
+        match first_to_accept(found.collect(), self.fwmark).await {
+            Ok((tcp, _)) => proxy.connect(Box::new(tcp), &self.url.host, self.url.port).await,
+            Err(Some((address, source))) => {
+                Err(ProxyError::Connect { proxy: proxy.to_string(), address, source })
             }
+            Err(None) => Err(unresolved(std::io::Error::other("the name has no address"))),
         }
-        Err(last.unwrap_or_else(|| self.not_control("it has no address")))
     }
 
     fn tls(&self) -> Result<Arc<ClientConfig>, DialError> {
@@ -383,7 +405,7 @@ impl ControlDialer {
         Ok(Arc::clone(self.tls.get_or_init(|| config)))
     }
 
-    async fn encrypt(&self, tcp: TcpStream) -> Result<tokio_rustls::client::TlsStream<TcpStream>, DialError> {
+    async fn encrypt(&self, tcp: BoxStream) -> Result<tokio_rustls::client::TlsStream<BoxStream>, DialError> {
         let name = ServerName::try_from(self.url.host.clone()).map_err(|_| DialError::Url {
             url: self.url.text.clone(),
             why: "its host is neither a DNS name nor an IP address",
@@ -501,6 +523,28 @@ impl ControlDialer {
             text: text.trim().to_owned(),
         }
     }
+}
+
+/// The first address that accepts, each started a little after the one before; otherwise the last failure.
+async fn first_to_accept(
+    addresses: Vec<SocketAddr>,
+    fwmark: Option<u32>,
+) -> Result<(TcpStream, SocketAddr), Option<(SocketAddr, std::io::Error)>> {
+    let mut attempts = FuturesUnordered::new();
+    for (i, address) in addresses.into_iter().enumerate() {
+        attempts.push(async move {
+            tokio::time::sleep(NEXT_ADDRESS * i as u32).await;
+            (address, connect_one(address, fwmark).await)
+        });
+    }
+    let mut last = None;
+    while let Some((address, result)) = attempts.next().await {
+        match result {
+            Ok(stream) => return Ok((stream, address)),
+            Err(source) => last = Some((address, source)),
+        }
+    }
+    Err(last)
 }
 
 async fn connect_one(address: SocketAddr, fwmark: Option<u32>) -> std::io::Result<TcpStream> {

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::ProxyError;
 use crate::noise::NoiseError;
 
 /// Why a control server could not be reached, or is none.
@@ -37,6 +38,9 @@ pub enum DialError {
         /// From the kernel.
         source: io::Error,
     },
+    /// The proxy that leads there cannot be used.
+    #[error("{0}")]
+    Proxy(#[source] ProxyError),
     /// Something took too long.
     #[error("the control server {host} did not answer within {after:?} while {doing}")]
     Timeout {
