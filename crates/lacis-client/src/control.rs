@@ -29,6 +29,8 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
 
+use crate::error::chain;
+
 /// A stream that says nothing for this long is dead: servers send keep-alives every minute or so.
 const STREAM_SILENCE: Duration = Duration::from_mins(2);
 /// Answers other than a map stream. A follow-up waits for a person and has no limit.
@@ -261,19 +263,6 @@ impl Broken {
             _ => false,
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        source = inner.source();
-    }
-    text
 }
 
 /// Pauses that grow with the square of the failures, with some chance in them.

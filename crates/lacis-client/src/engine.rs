@@ -3,9 +3,10 @@
 //! Whatever happens (a frame of the map stream, a command of the local API, a relay that connects, a ping) comes in
 //! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
 //! is announced, which state users see, what is saved. The parts: [`login`] and [`logout`] (who we are to the control server),
-//! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host, and
-//! where home is), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
+//! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host),
+//! [`home`] (which relays can be used, and which is home), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
 
+mod home;
 mod login;
 mod logout;
 mod measure;
@@ -47,7 +48,7 @@ use crate::links::LinkState;
 use crate::netcheck::StunProbes;
 use crate::netmap::{NetMap, Session};
 use crate::portmap::PortMap;
-use crate::relays::{RelayNews, Relays};
+use crate::relays::{Reach, RelayNews, Relays};
 use crate::state::{Saved, StateDir};
 use login::Login;
 use logout::{Logouts, Outcome};
@@ -254,6 +255,16 @@ pub(crate) struct Engine {
     /// The path logic knows the ways of the last run.
     remembered: bool,
     announced_home: u16,
+    /// Which relays cannot be used from here.
+    reach: Reach,
+    /// How far the regions are, in ns, as measured last.
+    latencies: BTreeMap<u16, u64>,
+    /// Since when the connection to home stands.
+    home_since: Option<Instant>,
+    /// The relays that are announced as ones this node cannot use.
+    unusable: BTreeSet<u16>,
+    /// When the relays are looked at again.
+    relays_due: Option<Instant>,
     /// What each region's relay complains of.
     relay_trouble: BTreeMap<u16, String>,
     /// For log lines that the control server, relays and peers cause.
@@ -320,6 +331,11 @@ impl Engine {
             reflections: Reflections::default(),
             remembered: false,
             announced_home: 0,
+            reach: Reach::default(),
+            latencies: BTreeMap::new(),
+            home_since: None,
+            unusable: BTreeSet::new(),
+            relays_due: None,
             relay_trouble: BTreeMap::new(),
             log: LogLimiter::default(),
             expired: Vec::new(),
@@ -368,6 +384,7 @@ impl Engine {
                     self.wake_paths();
                     continue;
                 }
+                () = at(self.relays_due) => self.follow_relays(),
                 Some(measurement) = self.report_inbox.recv() => self.measured(measurement),
                 Some(outcome) = self.logout_outcomes.recv() => self.logout_outcome(outcome),
                 Some(seen) = self.early_inbox.recv() => self.seen_early(seen),
@@ -481,6 +498,7 @@ impl Engine {
         self.relays.close_idle();
         let Self { relay_trouble, relays, .. } = self;
         relay_trouble.retain(|region, _| relays.is_open(*region));
+        self.follow_relays();
         self.pings.forget_abandoned();
         self.follow_expiry();
         self.retry_logouts();
@@ -512,6 +530,7 @@ impl Engine {
         Announcement {
             hostinfo: Hostinfo {
                 net_info: self.net_info(),
+                services: home::services(&self.unusable),
                 ..hostinfo::with_prefs(&self.host_facts, &self.saved.prefs)
             },
             endpoints,

@@ -14,11 +14,12 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use lacis_relay::client::{DialOptions, RelayNode, latency_check};
+use lacis_relay::client::{ConnectError, DialOptions, RelayNode, latency_check};
 use lacis_tunnel::Tunnel;
 use lacis_wire::control::{DerpMap, DerpNode, DerpRegion, NetInfo};
 use lacis_wire::disco::traversal::Mapping;
 use lacis_wire::local::NetcheckReport;
+use lacis_wire::text;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -35,7 +36,8 @@ const LIMIT: Duration = Duration::from_secs(3);
 /// Once some region has answered, the others have as long again as the first needed, and at least this.
 const GRACE: Duration = Duration::from_millis(50);
 /// Relays that are down do not hold up for longer what peers must know.
-const ENOUGH: Duration = Duration::from_millis(1200);
+/// Long enough to find out that TCP to a relay is dropped.
+const ENOUGH: Duration = Duration::from_millis(1800);
 /// Regions that are measured, the ones with the lowest numbers: more are no network's.
 const MAX_REGIONS: usize = 256;
 /// Nodes of one region that are asked.
@@ -79,7 +81,7 @@ enum Measured {
     },
     Https {
         region: u16,
-        took: Duration,
+        took: Result<Duration, ConnectError>,
     },
     Hairpin(Option<bool>),
     Portal(Option<bool>),
@@ -87,16 +89,26 @@ enum Measured {
     Router(Option<Found>),
 }
 
-/// Measures all regions of the map. Returns as soon as it knows what `depth` says, or after [`LIMIT`]: the report, and
-/// the STUN servers that have answered, the nearest first.
-pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, Vec<SocketAddr>) {
+/// What a measurement gives.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) report: NetcheckReport,
+    /// The STUN servers that have answered, the nearest first.
+    pub(crate) servers: Vec<SocketAddr>,
+    /// Whether the regions' relays answer by HTTPS, and why not; those that took too long are left out.
+    pub(crate) https: BTreeMap<u16, Result<(), String>>,
+}
+
+/// Measures all regions of the map. Returns as soon as it knows what `depth` says, or after [`LIMIT`].
+pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> Findings {
     let Means { map, tunnel, probes, dial, home, router, early } = means;
     let started = Instant::now();
     let (findings, mut inbox) = mpsc::channel(64);
     let mut tasks = JoinSet::new();
     let measured = map.regions.iter().filter(|(_, region)| !region.no_measure_no_home);
     let regions: Vec<_> = measured.take(MAX_REGIONS).collect();
-    let mut asks_stun = false;
+    let (mut asks_stun, mut https_asked) = (false, 0);
+    let mut https = BTreeMap::new();
     for (id, region) in &regions {
         for node in region.nodes.iter().filter(|node| node.stun().is_some()).take(PER_REGION) {
             asks_stun = true;
@@ -115,11 +127,10 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
         }
         if let Some(node) = region.nodes.iter().find(|node| !node.stun_only) {
             let (id, node, dial, findings) = (**id, RelayNode::from(node), dial.clone(), findings.clone());
+            https_asked += 1;
             tasks.spawn(async move {
-                match latency_check(&node, dial).await {
-                    Ok(took) => drop(findings.send(Measured::Https { region: id, took }).await),
-                    Err(error) => tracing::debug!(region = id, %error, "no answer to the latency check"),
-                }
+                let took = latency_check(&node, dial).await;
+                drop(findings.send(Measured::Https { region: id, took }).await);
             });
         }
     }
@@ -171,7 +182,13 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
                     for_hairpin = None;
                 }
             }
-            Some(Measured::Https { region, took }) => add_https(&mut report, region, took),
+            Some(Measured::Https { region, took }) => {
+                https.insert(region, answered(&took));
+                match took {
+                    Ok(took) => add_https(&mut report, region, took),
+                    Err(error) => tracing::debug!(region, %error, "no answer to the latency check"),
+                }
+            }
             Some(Measured::Hairpin(works)) => {
                 awaited -= 1;
                 report.hair_pinning = works;
@@ -188,13 +205,14 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
             }
         }
         let all = report.region_latency.len() == regions.len();
+        let https_known = https.len() == https_asked;
         let udp_known = report.udp || !asks_stun;
         let elapsed = started.elapsed();
         let patience = match depth {
             Depth::Home if all => Some(Duration::ZERO),
             Depth::Home if !report.region_latency.is_empty() => Some(elapsed.max(GRACE)),
             // Everything that matters is here; stragglers (the other family) have a moment.
-            Depth::Usual | Depth::Full if all && udp_known && awaited == 0 => Some(GRACE * 2),
+            Depth::Usual | Depth::Full if all && https_known && udp_known && awaited == 0 => Some(GRACE * 2),
             Depth::Usual if report.udp => Some(ENOUGH.saturating_sub(elapsed)),
             _ => None,
         };
@@ -207,7 +225,15 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> (NetcheckReport, 
     // One server may have been asked in both families, and more than once.
     let mut told = HashSet::new();
     servers.retain(|server| told.insert(*server));
-    (report, servers)
+    Findings { report, servers, https }
+}
+
+/// Does the region's relay answer? One that has no latency check is there all the same.
+fn answered(took: &Result<Duration, ConnectError>) -> Result<(), String> {
+    match took {
+        Ok(_) | Err(ConnectError::NotRelay { .. }) => Ok(()),
+        Err(error) => Err(text::plain(&crate::error::chain(error)).into_owned()),
+    }
 }
 
 /// The proxy that leads to the relays, or to some of them.
@@ -449,6 +475,22 @@ mod tests {
         report.mapping_varies_by_dest_ip = Some(true);
         assert_eq!(forwarded(&report, 41641), Some(at("192.0.2.1:41641")));
         assert_eq!(forwarded(&report, 0), None);
+    }
+
+    #[test]
+    fn a_relay_without_a_latency_check_is_there_and_one_without_tcp_is_not() {
+        let host = "relay.example".to_owned();
+        assert!(answered(&Ok(Duration::ZERO)).is_ok());
+        assert!(answered(&Err(ConnectError::NotRelay { host: host.clone(), answer: "404".into() })).is_ok());
+        let dropped = ConnectError::Tcp {
+            host,
+            address: at("192.0.2.1:443"),
+            source: std::io::ErrorKind::TimedOut.into(),
+        };
+        assert_eq!(
+            answered(&Err(dropped)),
+            Err("cannot connect to relay.example at 192.0.2.1:443: timed out".to_owned())
+        );
     }
 
     #[test]

@@ -75,6 +75,8 @@ pub enum RelayEvent {
         reason: String,
         /// When the next attempt starts.
         retry_in: Duration,
+        /// A connection stood, and the relay fell silent on it.
+        silent: bool,
     },
     /// A peer is not reachable through this relay.
     PeerGone {
@@ -220,7 +222,7 @@ impl RelayClient {
         self.shared.connected.load(Ordering::Acquire)
     }
 
-    /// How long ago the last packet was queued or received (for closing connections that nobody uses).
+    /// How long ago the last packet was queued (for closing unused connections).
     pub fn idle_for(&self) -> Duration {
         self.shared.queue.last_push().elapsed()
     }
@@ -309,13 +311,14 @@ async fn keep_connected(shared: Arc<Shared>, config: RelayClientConfig) {
         if was_connected && started.elapsed() >= STABLE_AFTER || matches!(end, Err(End::Redial)) {
             pauses = Pauses::default();
         }
+        let silent = matches!(end, Err(End::Silent | End::Stuck));
         let reason = match end {
             Ok(()) => "the relay closed the connection".to_owned(),
             Err(end) => crate::error::chain(&end),
         };
         let retry_in = pauses.next(derp::random_nonce()[0]);
         tracing::debug!(region = shared.region, %reason, ?retry_in, "relay connection ended");
-        shared.event(RelayEvent::Disconnected { reason, retry_in });
+        shared.event(RelayEvent::Disconnected { reason, retry_in, silent });
         tokio::select! {
             () = tokio::time::sleep(retry_in) => {}
             () = shared.redial.notified() => pauses = Pauses::default(),

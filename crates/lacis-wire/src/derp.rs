@@ -67,8 +67,6 @@ pub const PEER_GONE_LEN: usize = HEADER_LEN + KEY_LEN + 1;
 pub const KEEPALIVE: Duration = Duration::from_mins(1);
 /// Spread of the keep-alives of many clients.
 pub const KEEPALIVE_JITTER: Duration = Duration::from_secs(5);
-/// A client that hears nothing for two keep-alive periods gives the connection up.
-pub const CLIENT_READ_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// The frame types of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

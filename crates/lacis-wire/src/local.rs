@@ -530,6 +530,9 @@ pub struct NetcheckReport {
     pub global_v6: String,
     /// Whether somebody answers plain HTTP in the relays' place. Unknown if no relay can tell.
     pub captive_portal: Option<bool>,
+    /// Regions whose relays cannot be reached, and why, whatever their STUN says. Not in Tailscale's report.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "nullable")]
+    pub region_unreachable: BTreeMap<u16, String>,
     /// The HTTP proxy that leads to the relays, as `http://HOST:PORT`; empty without one. Not in Tailscale's report.
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]
     pub proxy: String,

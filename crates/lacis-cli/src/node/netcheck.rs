@@ -91,7 +91,8 @@ fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
     let region = |id: &u16| derp_map.regions.get(id);
     let mut by_latency: Vec<_> = report.region_latency.iter().collect();
     by_latency.sort_by_key(|(_, latency)| **latency);
-    match by_latency.first().and_then(|(id, _)| region(id)) {
+    let reachable = by_latency.iter().find(|(id, _)| !report.region_unreachable.contains_key(id));
+    match reachable.and_then(|(id, _)| region(id)) {
         Some(nearest) => lines.push(format!("\t* Nearest DERP: {}", nearest.region_name)),
         None => lines.push("\t* Nearest DERP: unknown (no response to latency probes)".to_owned()),
     }
@@ -106,7 +107,12 @@ fn lines(Answer { report, derp_map }: &Answer) -> Vec<String> {
         .map(|id| (*id, String::new()));
     for (id, latency) in measured.chain(silent) {
         if let Some(region) = region(&id) {
-            lines.push(format!("\t\t- {:>3}: {latency:<7} ({})", region.region_code, region.region_name));
+            let problem = report.region_unreachable.get(&id);
+            let problem = problem.map(|why| format!(" unreachable: {why}")).unwrap_or_default();
+            lines.push(format!(
+                "\t\t- {:>3}: {latency:<7} ({}){problem}",
+                region.region_code, region.region_name
+            ));
         }
     }
     lines
@@ -154,6 +160,29 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }
+    }
+
+    #[test]
+    fn a_relay_that_cannot_be_reached_is_named_and_is_not_the_nearest() {
+        let region = |id: u16, code: &str, name: &str| {
+            let (region_code, region_name) = (code.to_owned(), name.to_owned());
+            (id, DerpRegion { region_id: id, region_code, region_name, ..DerpRegion::default() })
+        };
+        let answer = Answer {
+            report: NetcheckReport {
+                region_latency: [(1, 1_000_000), (2, 9_000_000)].into(),
+                region_unreachable: [(1, "timed out".to_owned())].into(),
+                ..NetcheckReport::default()
+            },
+            derp_map: DerpMap {
+                regions: [region(1, "one", "First"), region(2, "two", "Second")].into(),
+                ..DerpMap::default()
+            },
+        };
+        let text = lines(&answer).join("\n");
+        assert!(text.contains("* Nearest DERP: Second"), "{text}");
+        assert!(text.contains("- one: 1.0ms   (First) unreachable: timed out"), "{text}");
+        assert!(text.ends_with("- two: 9.0ms   (Second)"), "{text}");
     }
 
     #[test]

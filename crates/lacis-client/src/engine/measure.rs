@@ -1,21 +1,22 @@
-//! The network around this host: when it is measured, which relay is home, and what the control server and the path
-//! logic are told of it.
+//! The network around this host: when it is measured, and what the control server and the path logic learn of it.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use lacis_wire::control::NetInfo;
 use lacis_wire::derp;
-use lacis_wire::local::{Netcheck, NetcheckReport};
+use lacis_wire::local::Netcheck;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Engine;
-use crate::netcheck::{self, Depth, Means, choose_home};
+use crate::netcheck::{self, Depth, Findings, Means};
 
 /// The network is measured again after this, with some chance, so that nodes do not all do it at once.
 const MEASURE_EVERY: Duration = Duration::from_secs(20);
 const MEASURE_SPREAD: Duration = Duration::from_secs(6);
+/// While a relay has been lost lately.
+const MEASURE_SOON: Duration = Duration::from_secs(8);
 /// What changes seldom is measured so often.
 const FULL_EVERY: Duration = Duration::from_mins(5);
 
@@ -25,10 +26,8 @@ const MAX_WAITING: usize = 64;
 /// What a measurement found.
 #[derive(Debug)]
 pub(super) struct Measurement {
-    pub report: NetcheckReport,
-    /// STUN servers that have answered, nearest first.
-    pub servers: Vec<SocketAddr>,
-    pub depth: Depth,
+    findings: Findings,
+    depth: Depth,
     network: u64,
 }
 
@@ -69,36 +68,6 @@ impl NetcheckRuns {
 }
 
 impl Engine {
-    /// A home at once, if there is any choice to make at all: the last one, or the only one. Otherwise the relays are
-    /// measured, quickly.
-    pub(super) fn find_home(&mut self) {
-        let Some(map) = &self.map else { return };
-        let home = self.relays.home();
-        if map.derp_map.regions.contains_key(&home) {
-            self.relays.set_home(home);
-            return;
-        }
-        let mut dialled = map.derp_map.regions.iter().filter(|(_, region)| netcheck::relays(region));
-        match (dialled.next(), dialled.next()) {
-            (Some((only, _)), None) => self.set_home(*only),
-            (None, _) => self.relays.set_home(0),
-            (Some(_), Some(_)) => self.measure(false),
-        }
-    }
-
-    pub(super) fn region_code(&self, region: u16) -> String {
-        let code = self.map.as_ref().and_then(|map| map.derp_map.regions.get(&region));
-        code.map_or_else(|| region.to_string(), |region| region.region_code.clone())
-    }
-
-    fn set_home(&mut self, home: u16) {
-        if self.relays.home() != home {
-            tracing::info!(region = home, code = %self.region_code(home), "home relay");
-        }
-        self.relays.set_home(home);
-        self.saved.home_region = home;
-    }
-
     /// Measures the network; `whole` takes as long as it needs to know everything.
     pub(super) fn measure(&mut self, whole: bool) {
         let Some(map) = &self.map else { return };
@@ -123,9 +92,9 @@ impl Engine {
         tokio::spawn(async move {
             let means =
                 Means { map: &map, tunnel: &tunnel, probes: &probes, dial: &dial, home, router, early };
-            let (report, servers) = netcheck::measure(means, depth).await;
+            let findings = netcheck::measure(means, depth).await;
             // The engine may have stopped.
-            let _ = reports.send(Measurement { report, servers, depth, network }).await;
+            let _ = reports.send(Measurement { findings, depth, network }).await;
         });
     }
 
@@ -145,22 +114,24 @@ impl Engine {
     }
 
     pub(super) fn measured(&mut self, measurement: Measurement) {
-        let Measurement { mut report, servers, depth, network } = measurement;
+        let Measurement { findings: Findings { mut report, servers, https }, depth, network } = measurement;
         if network != self.netcheck.network {
             return;
         }
         self.netcheck.running = false;
         netcheck::keep_unmeasured(&mut report, &self.report);
         let again = std::mem::take(&mut self.netcheck.again);
-        let chance = f64::from(derp::random_nonce()[0]) / 255.0;
-        self.netcheck.next = Some(Instant::now() + MEASURE_EVERY + MEASURE_SPREAD.mul_f64(chance));
-        let Some(map) = &self.map else { return };
-        let present = self.relays.home();
-        // Peers could not learn of a new home while the control server is away.
-        let may_move = self.streaming || !map.derp_map.regions.contains_key(&present);
-        if let Some(home) = choose_home(&report, &map.derp_map, present).filter(|_| may_move) {
-            self.set_home(home);
+        if self.map.is_none() {
+            return;
         }
+        self.latencies.clone_from(&report.region_latency);
+        self.follow_checks(https);
+        let now = Instant::now();
+        let pause = if self.reach.is_recent(now) { MEASURE_SOON } else { MEASURE_EVERY };
+        let chance = f64::from(derp::random_nonce()[0]) / 255.0;
+        self.netcheck.next = Some(now + pause + MEASURE_SPREAD.mul_f64(chance));
+        report.region_unreachable =
+            self.reach.unreachable().map(|(region, why)| (region, why.to_owned())).collect();
         report.preferred_derp = self.relays.home();
         tracing::debug!(udp = report.udp, home = report.preferred_derp, global = %report.global_v4, "measured the network");
         let whole = depth != Depth::Home;

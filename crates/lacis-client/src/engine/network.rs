@@ -12,10 +12,11 @@ use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::Notify;
 use time::OffsetDateTime;
 
-use super::Engine;
+use super::{Engine, home};
 use crate::dns;
 use crate::host::HostState;
 use crate::netmap::{Changes, NetMap, is_expired};
+use crate::relays::Place;
 use crate::routing::{self, Owners};
 
 /// A peer without path discovery is kept reachable by WireGuard itself.
@@ -185,8 +186,8 @@ impl Engine {
         let Some(map) = &self.map else { return };
         let now = OffsetDateTime::now_utc() + self.session.clock_offset;
         let live = || map.peers.values().filter(|node| !is_expired(node, now) && !node.key.is_zero());
-        let homes: HashMap<NodeKey, u16> = live().map(|node| (node.key, node.home_derp)).collect();
-        self.relays.set_peers(homes);
+        let places: HashMap<NodeKey, Place> = live().map(|node| (node.key, home::place(node))).collect();
+        self.relays.set_peers(places);
         let owners = Owners::new(map);
         let mut foreign = BTreeSet::new();
         let mut config = |node: &Arc<Node>| {

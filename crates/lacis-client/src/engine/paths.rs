@@ -142,11 +142,15 @@ impl Engine {
                     tracing::info!(region, %node, %remote, ?took, suppressed, "relay connected");
                 }
                 self.relay_trouble.remove(&region);
+                self.reach.connected(region, Instant::now());
+                self.follow_relays();
                 if region == self.relays.home() {
                     self.path_input(Input::RelayConnected);
                 }
             }
-            RelayEvent::Disconnected { reason, retry_in } => {
+            RelayEvent::Disconnected { reason, retry_in, silent } => {
+                self.reach.failed(region, &reason, silent, Instant::now());
+                self.follow_relays();
                 let text = format!("relay {}: {reason}", self.region_code(region));
                 if self.relay_trouble.insert(region, text).is_none()
                     && let Some(suppressed) = self.log.allow("relay disconnected", region)
@@ -259,6 +263,7 @@ impl Engine {
             if let Some(control) = &self.control {
                 control.redial();
             }
+            self.reach.clear();
             self.netcheck.start_over();
             if self.netcheck.is_on() {
                 self.path_input(Input::LinkChanged);

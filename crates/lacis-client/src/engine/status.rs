@@ -1,6 +1,6 @@
 //! What users see: status, who is who, and what a new watcher of the bus hears first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -142,7 +142,10 @@ impl Engine {
         health.extend(self.host_trouble.clone());
         health.extend(self.valid_keys());
         if self.is_on() {
-            health.extend(self.relay_trouble.values().cloned());
+            let unreachable: BTreeSet<u16> = self.reach.unreachable().map(|(region, _)| region).collect();
+            health.extend(self.unreachable_relays());
+            let others = self.relay_trouble.iter().filter(|(region, _)| !unreachable.contains(region));
+            health.extend(others.map(|(_, trouble)| trouble.clone()));
             if self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc())) {
                 health.push(
                     "this node's key has expired: sign in again with `lacis up --force-reauth`".to_owned(),

@@ -24,6 +24,12 @@ use super::{Batch, RelayEvent, Shared};
 
 /// From the end of the dial to the relay's `ServerInfo`.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// The relay is pinged this long after its last pong, and without another this long after that the connection has ended: one
+/// that broke silently, in either direction, is noticed within ten seconds, whatever TCP or a proxy in between acknowledge.
+const PING_AFTER: Duration = Duration::from_secs(4);
+const PONG_WITHIN: Duration = Duration::from_secs(4);
+/// So many bytes from the relay since the ping: its pong waits behind what a slow link still carries.
+const BULK: usize = 64 << 10;
 /// A relay that takes nothing for this long is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Read at once.
@@ -53,7 +59,7 @@ pub(super) enum End {
     Refused,
     #[error("the relay did not finish the login within {LOGIN_TIMEOUT:?}")]
     Late,
-    #[error("nothing was heard from the relay for {:?}", derp::CLIENT_READ_TIMEOUT)]
+    #[error("the relay fell silent: it did not answer a ping within {PONG_WITHIN:?}")]
     Silent,
     #[error("the relay took nothing for {WRITE_TIMEOUT:?}")]
     Stuck,
@@ -83,7 +89,7 @@ pub(super) async fn run(
     tracing::debug!(region = shared.region, node, %remote, ?took, "relay connected");
     shared.event(RelayEvent::Connected { relay, node, remote, took });
 
-    let silent_at = Instant::now() + derp::CLIENT_READ_TIMEOUT;
+    let silent_at = Instant::now() + PING_AFTER;
     let mut connection = Connection {
         shared,
         stream,
@@ -93,6 +99,8 @@ pub(super) async fn run(
         out: Outgoing::default(),
         flush: false,
         wait: None,
+        pinged: false,
+        since_ping: 0,
         silent_at,
         stuck_at: None,
         timer: Box::pin(tokio::time::sleep_until(silent_at)),
@@ -154,6 +162,11 @@ struct Connection<'a> {
     flush: bool,
     /// The handler is full until this is done.
     wait: Option<BoxFuture<'static, ()>>,
+    /// A pong is waited for.
+    pinged: bool,
+    /// Bytes from the relay since the ping.
+    since_ping: usize,
+    /// When the relay is pinged, or has not answered for too long.
     silent_at: Instant,
     stuck_at: Option<Instant>,
     timer: Pin<Box<Sleep>>,
@@ -211,7 +224,11 @@ impl Connection<'_> {
             }
         }
         if got > 0 {
-            self.silent_at = Instant::now() + derp::CLIENT_READ_TIMEOUT;
+            self.since_ping += got;
+            if self.pinged && self.since_ping >= BULK {
+                self.since_ping = 0;
+                self.silent_at = Instant::now() + PONG_WITHIN;
+            }
             self.deliver()?;
         }
         if closed {
@@ -236,6 +253,7 @@ impl Connection<'_> {
                     }
                 }
                 Frame::Pong(token) => {
+                    self.note_life();
                     if let Some((sent, reply)) = self.shared.pings().remove(&token) {
                         // whoever asked may have stopped waiting
                         let _ = reply.send(sent.elapsed());
@@ -293,7 +311,10 @@ impl Connection<'_> {
             }
             self.out.advance(written);
             self.flush = true;
-            self.stuck_at = None;
+            // Room where there was none: the far side takes what is sent, and its answer may wait behind that.
+            if self.stuck_at.take().is_some() && self.pinged {
+                self.silent_at = Instant::now() + PONG_WITHIN;
+            }
             return Poll::Ready(Ok(()));
         }
         if self.flush {
@@ -306,6 +327,12 @@ impl Connection<'_> {
             self.stuck_at = None;
         }
         Poll::Pending
+    }
+
+    /// The relay is there.
+    fn note_life(&mut self) {
+        self.pinged = false;
+        self.silent_at = Instant::now() + PING_AFTER;
     }
 
     fn note_stuck(&mut self) {
@@ -326,10 +353,16 @@ impl Connection<'_> {
         let now = Instant::now();
         // a handler that does not take what comes is no sign of the relay's silence
         if self.wait.is_some() {
-            self.silent_at = now + derp::CLIENT_READ_TIMEOUT;
+            self.note_life();
         }
         if self.silent_at <= now {
-            return Poll::Ready(Err(End::Silent));
+            if self.pinged {
+                return Poll::Ready(Err(End::Silent));
+            }
+            self.pinged = true;
+            self.since_ping = 0;
+            self.silent_at = now + PONG_WITHIN;
+            self.out.push(Frame::Ping(derp::random_nonce()[..8].try_into().unwrap_or_default()).to_bytes());
         }
         if self.stuck_at.is_some_and(|at| at <= now) {
             return Poll::Ready(Err(End::Stuck));

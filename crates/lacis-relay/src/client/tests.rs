@@ -420,3 +420,56 @@ async fn a_proxy_leads_to_a_relay_by_its_name_and_else_by_its_address() {
     serving.abort();
     server.stop().await;
 }
+
+/// A relay that logs a client in, answers so many of its pings, and then takes everything in silence.
+async fn falling_silent(mut stream: tokio::io::DuplexStream, mut pongs: u32) {
+    let relay = RelayPrivateKey::generate();
+    stream.write_all(&derp::Frame::ServerKey(relay.public()).to_bytes()).await.unwrap();
+    let (mut decoder, mut input) = (derp::Decoder::new(derp::Role::Server), bytes::BytesMut::new());
+    while stream.read_buf(&mut input).await.unwrap() > 0 {
+        while let Some(frame) = decoder.decode(&mut input).unwrap() {
+            match frame {
+                derp::Frame::ClientInfo { key, .. } => {
+                    let login = derp::LoginBox::server(&relay, &key);
+                    let sealed = derp::ServerInfo::default().seal(&login, derp::random_nonce());
+                    stream.write_all(&derp::Frame::ServerInfo(sealed).to_bytes()).await.unwrap();
+                }
+                derp::Frame::Ping(token) if pongs > 0 => {
+                    pongs -= 1;
+                    stream.write_all(&derp::Frame::Pong(token).to_bytes()).await.unwrap();
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_falls_silent_is_left_within_ten_seconds_and_one_that_answers_is_not() {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    tokio::spawn(falling_silent(far, 100));
+    let (packets, _packets) = mpsc::unbounded_channel();
+    let (events, _events) = mpsc::unbounded_channel();
+    let shared = Arc::new(Shared {
+        region: 900,
+        queue: SendQueue::new(SEND_QUEUE_BYTES, OFFLINE_QUEUE_BYTES),
+        counters: Counters::default(),
+        connected: AtomicBool::new(false),
+        home: AtomicBool::new(true),
+        pings: Mutex::default(),
+        redial: Notify::new(),
+        handler: Arc::new(Ear { packets, events }),
+    });
+    let dialed = dial::Dialed {
+        stream: Box::new(near),
+        node: "900a".to_owned(),
+        remote: "192.0.2.1:443".parse().unwrap(),
+        rest: Vec::new(),
+    };
+    let started = Instant::now();
+    let end = connection::run(&shared, dialed, &NodePrivateKey::generate(), started).await;
+    assert!(matches!(end, Err(End::Silent)), "{end:?}");
+    let answered = Duration::from_secs(400);
+    let took = started.elapsed();
+    assert!(took > answered && took < answered + Duration::from_secs(10), "{took:?}");
+}
