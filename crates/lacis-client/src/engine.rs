@@ -261,7 +261,7 @@ pub(crate) struct Engine {
     latencies: BTreeMap<u16, u64>,
     /// Since when the connection to home stands.
     home_since: Option<Instant>,
-    /// The relays that peers are told this node cannot use.
+    /// The relays that are announced as ones this node cannot use.
     unusable: BTreeSet<u16>,
     /// When the relays are looked at again.
     relays_due: Option<Instant>,

@@ -199,8 +199,8 @@ impl Relays {
         }
     }
 
-    /// Connects to a region that may become home, or to see whether it works; the connection is closed if nobody uses
-    /// it.
+    /// Connects to a region that may become home, or to see whether it works; an unused
+    /// connection is closed after a while.
     pub(crate) fn try_region(&self, region: RegionId) {
         self.open(&mut self.state(), region);
     }

@@ -222,7 +222,7 @@ impl RelayClient {
         self.shared.connected.load(Ordering::Acquire)
     }
 
-    /// How long ago the last packet was queued (for closing connections that nobody uses).
+    /// How long ago the last packet was queued (for closing unused connections).
     pub fn idle_for(&self) -> Duration {
         self.shared.queue.last_push().elapsed()
     }

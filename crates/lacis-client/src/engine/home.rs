@@ -1,4 +1,4 @@
-//! Which relays can be used from here, which of them is home, and what peers are told of the others.
+//! Which relays can be used from here, which of them is home, and what is announced of the others.
 //!
 //! Home is a relay to which a connection stands: a better one is connected to first and becomes home then, and one that is
 //! lost is left for the next. What peers must know is which regions this node cannot use, so that both can meet elsewhere
@@ -84,7 +84,7 @@ impl Engine {
         self.follow_relays();
     }
 
-    /// Makes home, the relays that are avoided and what peers are told of them follow from what can be used.
+    /// Makes home, the relays that are avoided and what is announced of them follow from what can be used.
     pub(super) fn follow_relays(&mut self) {
         if !self.netcheck.is_on() {
             self.home_since = None;

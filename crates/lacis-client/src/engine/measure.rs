@@ -1,4 +1,4 @@
-//! The network around this host: when it is measured, and what the control server and the path logic are told of it.
+//! The network around this host: when it is measured, and what the control server and the path logic learn of it.
 
 use std::net::SocketAddr;
 use std::time::Duration;

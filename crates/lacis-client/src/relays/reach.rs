@@ -18,11 +18,11 @@ const MIN_PAUSE: Duration = Duration::from_secs(5);
 const MAX_PAUSE: Duration = Duration::from_mins(10);
 /// A loss so long ago says nothing any more.
 const MEMORY: Duration = Duration::from_hours(1);
-/// Peers hear only of what lasts: when a relay stops for everybody, its nodes move to another home before this.
+/// Only what lasts is announced: when a relay stops for all, its nodes move to another home before this.
 const ANNOUNCE_AFTER: Duration = Duration::from_secs(4);
 /// For so long after a loss it is looked more often.
 const RECENT: Duration = Duration::from_mins(2);
-/// Regions that peers are told of.
+/// Regions that are announced.
 const MAX_ANNOUNCED: usize = 16;
 
 #[derive(Debug)]
@@ -139,7 +139,7 @@ impl Reach {
         self.0.values().filter_map(Region::lost).any(|at| now.duration_since(at) < RECENT)
     }
 
-    /// The regions that peers are told of: those that are lost for good, while home stands since `home_since`. All of them
+    /// The regions that peers must know of: those that are lost for good, while home stands since `home_since`. All of them
     /// once one of them `matters`, since where two nodes meet depends on all.
     pub(crate) fn announce(
         &mut self,
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_are_told_of_what_lasts_matters_and_is_not_everything() {
+    fn peers_learn_of_what_lasts_matters_and_is_not_everything() {
         let (mut reach, now) = (Reach::default(), Instant::now());
         reach.does_not_answer(ONE, "no TCP".into(), now);
         assert!(reach.announce(None, |_| true, at(now, 60)).is_empty(), "there is no home to meet at");
