@@ -130,13 +130,8 @@ pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
         authoritative.push(suffix);
     }
     if config.proxied {
-        // Who asks for names of the mesh's addresses must not be passed on to the world, whatever the server lists.
-        // A zone is not ours where it gives resolvers for it or for a part of it.
-        let given_away = |zone: &String| {
-            let mut above = routes.iter().filter_map(|(suffix, _)| suffix.strip_suffix(zone.as_str()));
-            above.any(|above| above.is_empty() || above.ends_with('.'))
-        };
-        authoritative.extend(reverse_zones().filter(|zone| !given_away(zone)));
+        // Questions for names of the mesh's addresses must not be passed on to the world, whatever the server lists.
+        authoritative.extend(reverse_zones());
     }
     authoritative.sort();
     authoritative.dedup();
@@ -287,24 +282,19 @@ mod tests {
     }
 
     #[test]
-    fn reverse_zones_of_the_mesh_are_ours_unless_the_server_gives_them_away() {
-        let resolver = || vec![DnsResolver { addr: "192.0.2.1".into(), ..DnsResolver::default() }];
-        let routes = [
-            ("64.100.in-addr.arpa.".into(), vec![]),
-            ("65.100.in-addr.arpa.".into(), resolver()),
-            ("7.66.100.in-addr.arpa.".into(), resolver()),
-            ("167.100.in-addr.arpa.".into(), resolver()),
-        ];
-        let config = DnsConfig { proxied: true, routes: routes.into(), ..DnsConfig::default() };
+    fn reverse_zones_of_the_mesh_are_ours_whether_the_server_lists_them_or_not() {
+        let config = DnsConfig {
+            proxied: true,
+            routes: [("64.100.in-addr.arpa.".into(), vec![])].into(),
+            ..DnsConfig::default()
+        };
         let zones = state_of(config.clone()).authoritative;
         let count = |zone: &str| zones.iter().filter(|known| *known == zone).count();
         for zone in ["lab.example", "64.100.in-addr.arpa", "67.100.in-addr.arpa", "127.100.in-addr.arpa"] {
             assert_eq!(count(zone), 1, "{zone}");
         }
         assert_eq!(count("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa"), 1);
-        for zone in ["65.100.in-addr.arpa", "66.100.in-addr.arpa", "128.100.in-addr.arpa"] {
-            assert_eq!(count(zone), 0, "{zone}");
-        }
+        assert_eq!(count("128.100.in-addr.arpa"), 0);
         let off = state_of(DnsConfig { proxied: false, ..config });
         assert_eq!(off.authoritative, ["64.100.in-addr.arpa"]);
     }

@@ -16,7 +16,7 @@ const MAX_ADDRESSES: usize = 1000;
 pub struct DnsState {
     /// Full names of nodes.
     pub hosts: HashMap<String, Vec<IpAddr>>,
-    /// Zones in which a name that is not known does not exist.
+    /// Zones in which a name that is not known does not exist, unless a route that is as long or longer has it.
     pub authoritative: Vec<String>,
     /// Names beside those of nodes.
     pub extra_records: Vec<(String, IpAddr)>,
@@ -113,9 +113,16 @@ impl DnsState {
         self.hosts.iter().find(|(_, ips)| ips.contains(&ip)).map(|(name, _)| name.as_str())
     }
 
+    /// The zone in which a name is answered here. A route that is at least as long is for resolvers of its own.
     pub(crate) fn zone_of(&self, name: &str) -> Option<&str> {
         let zones = self.authoritative.iter().filter(|zone| in_zone(name, zone));
-        zones.max_by_key(|zone| zone.len()).map(String::as_str)
+        let zone = zones.max_by_key(|zone| zone.len())?;
+        let given_away = self.route_of(name).is_some_and(|(suffix, _)| suffix.len() >= zone.len());
+        (!given_away).then_some(zone)
+    }
+
+    fn route_of(&self, name: &str) -> Option<&(String, Vec<Upstream>)> {
+        self.routes.iter().filter(|(suffix, _)| in_zone(name, suffix)).max_by_key(|(suffix, _)| suffix.len())
     }
 
     /// The resolvers for a name that is not ours: [`MAX_UPSTREAMS`] at most.
@@ -123,12 +130,15 @@ impl DnsState {
         let addresses = |some: &[Upstream]| -> Vec<_> {
             some.iter().filter_map(Upstream::address).take(MAX_UPSTREAMS).collect()
         };
-        let routes = self.routes.iter().filter(|(suffix, _)| in_zone(name, suffix));
-        if let Some((_, own)) = routes.max_by_key(|(suffix, _)| suffix.len()) {
+        if let Some((_, own)) = self.route_of(name) {
             // A suffix that has resolvers of its own is never asked elsewhere.
             return addresses(own);
         }
-        let choices = [&self.resolvers, &self.base, &self.fallback].map(|some| addresses(some));
+        if !self.resolvers.is_empty() {
+            // Nor is anything where the network's resolvers replace the host's, even if none of them can be used.
+            return addresses(&self.resolvers);
+        }
+        let choices = [&self.base, &self.fallback].map(|some| addresses(some));
         choices.into_iter().find(|some| !some.is_empty()).unwrap_or_default()
     }
 }
@@ -211,6 +221,17 @@ mod tests {
         assert_eq!(state.upstreams("x.example"), ["192.0.2.1:53".parse().unwrap()]);
         assert_eq!(state.upstreams("a.doh.example"), []);
         assert_eq!(state.upstreams("org"), ["192.0.2.53:5353".parse().unwrap()]);
+    }
+
+    #[test]
+    fn resolvers_that_cannot_be_used_are_not_replaced_by_the_hosts_own() {
+        let state = DnsState {
+            resolvers: vec![plain("gopher://dns.example"), plain("100.100.100.100")],
+            base: vec![plain("192.0.2.9")],
+            fallback: vec![plain("192.0.2.8")],
+            ..DnsState::default()
+        };
+        assert_eq!(state.upstreams("www.example"), []);
     }
 
     #[test]
