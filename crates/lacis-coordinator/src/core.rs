@@ -83,7 +83,7 @@ const IPV6_REVERSE_ZONE: &str = "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa";
 const IPV4_REVERSE_ZONES: std::ops::Range<u8> = 64..128;
 
 impl TailnetConfig {
-    fn dns(&self) -> DnsConfig {
+    pub(crate) fn dns(&self) -> DnsConfig {
         let resolvers = |addresses: &[String]| -> Vec<DnsResolver> {
             addresses
                 .iter()

@@ -14,7 +14,7 @@ mod tls;
 
 pub use dial::{ControlDialer, ControlStream, ControlUrl};
 pub use early::{EarlyPayload, EarlyStream, encode_early};
-pub use error::DialError;
+pub use error::{DialError, tls_error};
 pub use http2::ControlClient;
 pub use stream::NoiseStream;
 pub use tls::{client_config, native_roots};
