@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn the_longer_suffix_has_a_name_and_a_route_before_a_zone_of_its_length() {
-        let route = |suffix: &str| (suffix.to_owned(), vec![Upstream::parse("192.0.2.1")]);
+        let route = |suffix: &str| (suffix.to_owned(), vec![Upstream::new("192.0.2.1", &[])]);
         let state = DnsState {
             routes: vec![route("7.64.100.in-addr.arpa"), route("corp.lab.example"), route("in-addr.arpa")],
             ..state()
