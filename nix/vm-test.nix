@@ -314,7 +314,8 @@ let
           dig
           curl
         ]
-        ++ map (program: pkgs.${program}) (topology.needs or [ ])
+        # As Debian has it: with DNS over HTTPS.
+        ++ map (program: { unbound = unbound-full; }.${program} or pkgs.${program}) (topology.needs or [ ])
         ++ lib.optional (host.attacks or false) packages.lacis-lab;
       environment.etc = lib.mkMerge [
         (lib.mapAttrs' (path: text: lib.nameValuePair (lib.removePrefix "/etc/" path) { inherit text; }) (

@@ -1,14 +1,13 @@
 //! From the network map to the resolver's state.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use lacis_dns::{DnsState, Upstream};
+use lacis_dns::{DnsState, Inside, Upstream, is_mesh};
 use lacis_wire::control::{DnsConfig, DnsResolver, Node};
 
 use crate::host::Routes;
 use crate::netmap::NetMap;
-use crate::routing;
 
 /// What of a map's configuration counts: bounds for lists that a query goes through, far above what networks have.
 const MAX_SEARCH_DOMAINS: usize = 64;
@@ -93,19 +92,24 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) control: &'a str,
 }
 
-/// Is a resolver reached through the mesh?
-///
-/// One at an address that only means something nearby, and that the host itself has named, is not: there is nobody at
-/// that address where an exit node is.
-fn is_inside(ip: IpAddr, around: &Surroundings<'_>) -> bool {
-    let nearby = match ip {
+/// Does an address mean something else in each network?
+fn is_nearby(ip: &IpAddr) -> bool {
+    match ip {
         IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
-    };
-    let own = around.base.iter().any(|base| base.ip() == ip);
-    match routing::way(around.routes, ip) {
-        Some(net) if routing::is_default_route(&net) => !(nearby && own),
-        other => other.is_some(),
+    }
+}
+
+/// Which resolvers are reached through the mesh.
+///
+/// One at an address that only means something nearby, and that the host itself has named, is not by an exit node: there
+/// is nobody at that address where that node is.
+fn inside(around: &Surroundings<'_>) -> Inside {
+    Inside {
+        // The rest is the same however many nodes come and go.
+        device: around.routes.device.iter().filter(|net| !is_mesh(net.addr())).copied().collect(),
+        thrown: around.routes.thrown.clone(),
+        nearby: around.base.iter().map(SocketAddr::ip).filter(is_nearby).collect(),
     }
 }
 
@@ -113,7 +117,7 @@ fn is_inside(ip: IpAddr, around: &Surroundings<'_>) -> bool {
 pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
     let config = &map.dns;
     let upstreams = |resolvers: &[DnsResolver]| -> Vec<Upstream> {
-        resolvers.iter().map(|resolver| Upstream::parse(&resolver.addr)).collect()
+        resolvers.iter().map(|to| Upstream::new(&to.addr, &to.bootstrap_resolution)).collect()
     };
     let name = |text: &str| text.trim_end_matches('.').to_ascii_lowercase();
     let suffix = if config.proxied { map.magic_dns_suffix().to_owned() } else { String::new() };
@@ -130,13 +134,8 @@ pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
         authoritative.push(suffix);
     }
     if config.proxied {
-        // Who asks for names of the mesh's addresses must not be passed on to the world, whatever the server lists.
-        // A zone is not ours where it gives resolvers for it or for a part of it.
-        let given_away = |zone: &String| {
-            let mut above = routes.iter().filter_map(|(suffix, _)| suffix.strip_suffix(zone.as_str()));
-            above.any(|above| above.is_empty() || above.ends_with('.'))
-        };
-        authoritative.extend(reverse_zones().filter(|zone| !given_away(zone)));
+        // Questions for names of the mesh's addresses must not be passed on to the world, whatever the server lists.
+        authoritative.extend(reverse_zones());
     }
     authoritative.sort();
     authoritative.dedup();
@@ -147,17 +146,11 @@ pub(crate) fn state(map: &NetMap, around: &Surroundings<'_>) -> DnsState {
         resolvers.clone_from(&fallback);
     }
     let base: Vec<_> = around.base.iter().copied().map(Upstream::from).collect();
-    let known = routes.iter().flat_map(|(_, to)| to).chain(&resolvers).chain(&fallback).chain(&base);
-    let addresses = known.filter_map(|upstream| match upstream {
-        Upstream::Plain(address) => Some(address.ip()),
-        Upstream::Unsupported(_) => None,
-    });
-    let inside: HashSet<IpAddr> = addresses.filter(|ip| is_inside(*ip, around)).collect();
     let relays = map.derp_map.regions.values().flat_map(|region| &region.nodes);
     let mut outside: Vec<String> = relays.map(|node| name(&node.host_name)).collect();
     outside.push(name(around.control));
     DnsState {
-        inside,
+        inside: inside(around),
         outside,
         hosts: if config.proxied { hosts } else { HashMap::new() },
         authoritative,
@@ -209,15 +202,17 @@ mod tests {
         let subnets = Routes { device: nets(&["10.1.0.0/16", "100.64.0.2/32"]), thrown: Vec::new() };
         let around = Surroundings { base: &base, routes: &subnets, exit: false, control: "Mesh.example.org" };
         let plain = state_in(config(), &around);
-        assert_eq!(plain.inside, ["10.1.0.53".parse().unwrap()].into());
+        let resolvers = ["10.1.0.53", "203.0.113.53", "192.168.1.1", "198.51.100.53"];
+        let inside = |state: &DnsState| resolvers.map(|ip| state.inside.contains(ip.parse().unwrap()));
+        assert_eq!(inside(&plain), [true, false, false, false]);
         assert_eq!(plain.outside, ["mesh.example.org"]);
         assert!(plain.resolvers.is_empty());
 
         let everything =
             Routes { device: nets(&["0.0.0.0/0", "10.1.0.0/16"]), thrown: nets(&["203.0.113.0/24"]) };
         let exit = state_in(config(), &Surroundings { routes: &everything, exit: true, ..around });
-        let inside = ["10.1.0.53", "198.51.100.53"].map(|ip| ip.parse().unwrap());
-        assert_eq!(exit.inside, inside.into(), "neither a LAN's own resolver nor one past the table");
+        let expected = [true, false, false, true];
+        assert_eq!(inside(&exit), expected, "neither a LAN's own resolver nor one past the table");
         assert_eq!(exit.resolvers, exit.fallback);
     }
 
@@ -249,7 +244,8 @@ mod tests {
         assert_eq!(state.search, ["corp.example", "corp2.example", "_srv.a-b.example"]);
         let records: Vec<_> = state.extra_records.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(records, ["corp.example", "corp2.example", "_srv.a-b.example"]);
-        let routes: HashSet<_> = state.routes.iter().map(|(name, _)| name.as_str()).collect();
+        let routes: std::collections::HashSet<_> =
+            state.routes.iter().map(|(name, _)| name.as_str()).collect();
         // "." is the root.
         assert_eq!(routes, ["", "corp.example", "corp2.example", "_srv.a-b.example"].into());
         let os = lacis_dns::os_config(&state).unwrap();
@@ -287,24 +283,19 @@ mod tests {
     }
 
     #[test]
-    fn reverse_zones_of_the_mesh_are_ours_unless_the_server_gives_them_away() {
-        let resolver = || vec![DnsResolver { addr: "192.0.2.1".into(), ..DnsResolver::default() }];
-        let routes = [
-            ("64.100.in-addr.arpa.".into(), vec![]),
-            ("65.100.in-addr.arpa.".into(), resolver()),
-            ("7.66.100.in-addr.arpa.".into(), resolver()),
-            ("167.100.in-addr.arpa.".into(), resolver()),
-        ];
-        let config = DnsConfig { proxied: true, routes: routes.into(), ..DnsConfig::default() };
+    fn reverse_zones_of_the_mesh_are_ours_whether_the_server_lists_them_or_not() {
+        let config = DnsConfig {
+            proxied: true,
+            routes: [("64.100.in-addr.arpa.".into(), vec![])].into(),
+            ..DnsConfig::default()
+        };
         let zones = state_of(config.clone()).authoritative;
         let count = |zone: &str| zones.iter().filter(|known| *known == zone).count();
         for zone in ["lab.example", "64.100.in-addr.arpa", "67.100.in-addr.arpa", "127.100.in-addr.arpa"] {
             assert_eq!(count(zone), 1, "{zone}");
         }
         assert_eq!(count("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa"), 1);
-        for zone in ["65.100.in-addr.arpa", "66.100.in-addr.arpa", "128.100.in-addr.arpa"] {
-            assert_eq!(count(zone), 0, "{zone}");
-        }
+        assert_eq!(count("128.100.in-addr.arpa"), 0);
         let off = state_of(DnsConfig { proxied: false, ..config });
         assert_eq!(off.authoritative, ["64.100.in-addr.arpa"]);
     }

@@ -146,16 +146,6 @@ pub(crate) fn host_routes(map: &NetMap, prefs: &Prefs, lan: &Lan) -> Routes {
     Routes { device: device.into_iter().collect(), thrown: thrown.into_iter().collect() }
 }
 
-/// The route by which packets to an address come into the mesh, if they do.
-pub(crate) fn way(routes: &Routes, to: IpAddr) -> Option<IpNet> {
-    let longest = |list: &[IpNet]| {
-        list.iter().filter(|net| net.contains(&to)).max_by_key(|net| net.prefix_len()).copied()
-    };
-    let device = longest(&routes.device)?;
-    let thrown = longest(&routes.thrown);
-    thrown.is_none_or(|thrown| thrown.prefix_len() < device.prefix_len()).then_some(device)
-}
-
 /// What the firewall is asked for. `ports` are the tunnel's, of both families; 0 for none.
 pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, ports: (u16, u16)) -> Firewall {
     let beyond_nodes =

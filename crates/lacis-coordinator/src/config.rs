@@ -48,6 +48,11 @@ impl Config {
         }
     }
 
+    /// What can be used and will hardly do what is wanted, a line each.
+    pub fn warnings(&self) -> Vec<String> {
+        check::warnings(self)
+    }
+
     /// Checks a text; `name` is what error messages call it.
     pub fn parse(name: &str, text: &str) -> Result<Self, ConfigError> {
         let wrong = |problems| Err(ConfigError::Wrong { file: name.to_owned(), problems });

@@ -90,24 +90,25 @@ pub struct TailnetConfig {
     pub policy: PolicySource,
 }
 
-/// Reverse zones of the address ranges: answered by the clients, never forwarded.
+/// Reverse zones of the address ranges: answered by the clients, and not forwarded unless the configuration says so.
 const IPV6_REVERSE_ZONE: &str = "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa";
 const IPV4_REVERSE_ZONES: std::ops::Range<u8> = 64..128;
 
 impl TailnetConfig {
-    fn dns(&self) -> DnsConfig {
+    pub(crate) fn dns(&self) -> DnsConfig {
         let resolvers = |addresses: &[String]| -> Vec<DnsResolver> {
             addresses
                 .iter()
                 .map(|addr| DnsResolver { addr: addr.clone(), ..DnsResolver::default() })
                 .collect()
         };
-        let mut routes: BTreeMap<_, _> =
-            self.split.iter().map(|(suffix, addresses)| (suffix.clone(), resolvers(addresses))).collect();
+        let mut routes = BTreeMap::new();
         if self.magic_dns {
             routes.insert(IPV6_REVERSE_ZONE.to_owned(), Vec::new());
             routes.extend(IPV4_REVERSE_ZONES.map(|net| (format!("{net}.100.in-addr.arpa"), Vec::new())));
         }
+        // The configuration may give one of these zones to another network's resolvers.
+        routes.extend(self.split.iter().map(|(suffix, addresses)| (suffix.clone(), resolvers(addresses))));
         let global = resolvers(&self.nameservers);
         let (resolvers, fallback_resolvers) =
             if self.override_local_dns { (global, Vec::new()) } else { (Vec::new(), global) };

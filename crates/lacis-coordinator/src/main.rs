@@ -92,6 +92,9 @@ fn check(path: &Path) -> Result<(), Error> {
             Err(error) => return Err(core::Error::Policy { tailnet: tailnet.name, error }.into()),
         }
     }
+    for warning in config.warnings() {
+        print(&format!("{}: warning: {warning}", path.display()))?;
+    }
     print(&format!("{}: the configuration can be used", path.display()))
 }
 
@@ -101,6 +104,9 @@ fn serve(path: &Path, init: bool) -> Result<(), Error> {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).with_ansi(colours).init();
     let config = Config::load(path)?;
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)

@@ -167,6 +167,8 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
+    use crate::state::Upstream;
+
     fn state() -> DnsState {
         let hosts = HashMap::from([
             (
@@ -261,6 +263,30 @@ mod tests {
         for name in ["x.onion.", "lb._dns-sd._udp.home."] {
             assert_eq!(ask(&state(), name, RecordType::PTR).metadata.response_code, ResponseCode::NXDomain);
         }
+    }
+
+    #[test]
+    fn the_longer_suffix_has_a_name_and_a_route_before_a_zone_of_its_length() {
+        let route = |suffix: &str| (suffix.to_owned(), vec![Upstream::new("192.0.2.1", &[])]);
+        let state = DnsState {
+            routes: vec![route("7.64.100.in-addr.arpa"), route("corp.lab.example"), route("in-addr.arpa")],
+            ..state()
+        };
+        let forwarded = |state: &DnsState, name: &str| {
+            let mut query = Message::query();
+            query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::PTR));
+            matches!(decide(state, &query), Decision::Forward(_))
+        };
+        for name in ["9.7.64.100.in-addr.arpa.", "www.corp.lab.example.", "1.2.0.192.in-addr.arpa."] {
+            assert!(forwarded(&state, name), "{name}");
+        }
+        for name in ["9.8.64.100.in-addr.arpa.", "www.lab.example.", "2.0.64.100.in-addr.arpa."] {
+            assert!(!forwarded(&state, name), "{name}");
+        }
+        let whole = DnsState { routes: vec![route("64.100.in-addr.arpa"), route("lab.example")], ..state };
+        assert!(forwarded(&whole, "9.8.64.100.in-addr.arpa.") && forwarded(&whole, "www.lab.example."));
+        assert!(!forwarded(&whole, "2.0.64.100.in-addr.arpa."), "a node's address has a name all the same");
+        assert!(!forwarded(&whole, "bob.lab.example."));
     }
 
     #[test]

@@ -1,22 +1,30 @@
 //! Passing a question on: all resolvers that know about it are asked at once, and the first good answer wins (the
-//! client dossier, section 8.4).
+//! client dossier, section 8.4). None is asked that would only send the question back here.
 
 use std::io;
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use hickory_proto::op::ResponseCode;
+use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::rr::Name;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::loops::{Asked, Doubt, Loops};
+use crate::secure::Secure;
+use crate::state::{DnsState, Upstream};
+
 /// A whole question, everything included.
 const TOTAL: Duration = Duration::from_secs(10);
 /// Without an answer by UDP after this, TCP is tried too: something on the way may drop the one.
 const UDP_PATIENCE: Duration = Duration::from_secs(2);
 const TCP_LIMIT: Duration = Duration::from_secs(5);
+/// For a probe to come back: by then the question goes on its way without a verdict.
+const PROBE: Duration = Duration::from_secs(1);
 /// A message's fixed part.
 const HEADER: usize = 12;
 /// The largest answer by UDP that is taken.
@@ -32,34 +40,164 @@ pub(crate) enum Forwarded {
     Silence,
 }
 
-/// Asks all of them, each with the mark that its packets get.
-pub(crate) async fn ask(query: &[u8], tcp: bool, upstreams: &[(SocketAddr, Option<u32>)]) -> Forwarded {
-    let mut tasks = JoinSet::new();
-    for (upstream, fwmark) in upstreams {
-        let (query, upstream, fwmark) = (query.to_vec(), *upstream, *fwmark);
-        tasks.spawn(async move { one(&query, tcp, upstream, fwmark).await });
+/// What decides by which way a resolver is reached for a name.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    state: Arc<DnsState>,
+    name: Arc<str>,
+}
+
+impl Way {
+    pub(crate) fn new(state: Arc<DnsState>, name: &str) -> Self {
+        Self { state, name: name.into() }
     }
-    let mut worst = None;
-    let race = async {
-        while let Some(done) = tasks.join_next().await {
-            match done {
-                Ok(Ok(answer)) => match code(&answer) {
-                    Some(ResponseCode::Refused) => drop(worst.get_or_insert(ResponseCode::Refused)),
-                    Some(ResponseCode::ServFail) => worst = Some(ResponseCode::ServFail),
-                    Some(_) => return Some(answer),
-                    None => {}
-                },
-                Ok(Err(error)) => tracing::debug!(%error, "no answer from a resolver"),
-                Err(error) => tracing::debug!(%error, "a question was not asked"),
-            }
+
+    pub(crate) fn for_name(&self, name: &str) -> Self {
+        Self { state: Arc::clone(&self.state), name: name.into() }
+    }
+
+    pub(crate) fn state(&self) -> &DnsState {
+        &self.state
+    }
+
+    /// Is the name one that the mesh itself hangs on?
+    pub(crate) fn is_outside(&self) -> bool {
+        self.state.is_outside(&self.name)
+    }
+}
+
+/// Asks resolvers.
+#[derive(Debug, Default)]
+pub(crate) struct Forwarder {
+    /// Mark of the sockets, so that they stay out of the tunnel.
+    pub(crate) fwmark: Option<u32>,
+    pub(crate) loops: Loops,
+    pub(crate) secure: Secure,
+}
+
+impl Forwarder {
+    /// A resolver that is reached through the mesh must not be kept out of it.
+    pub(crate) fn mark(&self, to: IpAddr, way: &Way) -> Option<u32> {
+        self.fwmark.filter(|_| !way.state.asks_inside(&way.name, to))
+    }
+
+    /// Asks all of them, for a client by TCP again where the answer was cut.
+    pub(crate) async fn forward(
+        self: &Arc<Self>,
+        query: &[u8],
+        kind: u16,
+        tcp: bool,
+        mut upstreams: Vec<Upstream>,
+        way: &Way,
+    ) -> Forwarded {
+        let failed = Forwarded::Failed(ResponseCode::ServFail);
+        let leads_back = |upstream: &Upstream| self.loops.is_loop(upstream, &way.name, Instant::now());
+        upstreams.retain(|upstream| !leads_back(upstream));
+        if upstreams.is_empty() {
+            return failed;
         }
-        None
-    };
-    match timeout(TOTAL, race).await {
-        Ok(Some(answer)) => Forwarded::Answer(answer),
-        Ok(None) => worst.map_or(Forwarded::Failed(ResponseCode::ServFail), Forwarded::Failed),
-        Err(_) => Forwarded::Silence,
+        let _asking = match self.loops.begin((way.name.to_string(), kind), &upstreams) {
+            Ok(asking) => Some(asking),
+            Err(first) => {
+                if self.comes_back(&first, kind, way).await {
+                    return failed;
+                }
+                upstreams.retain(|upstream| !leads_back(upstream));
+                None
+            }
+        };
+        let forwarded = self.ask(query, false, &upstreams, way).await;
+        if tcp && matches!(&forwarded, Forwarded::Answer(answer) if is_truncated(answer)) {
+            return self.ask(query, true, &upstreams, way).await;
+        }
+        forwarded
     }
+
+    /// The same question waits for answers already. Does it come from the resolvers that it waits for, all of them?
+    async fn comes_back(self: &Arc<Self>, first: &Asked, kind: u16, way: &Way) -> bool {
+        let probed = async {
+            match self.loops.doubt(&way.name, first, Instant::now()) {
+                Doubt::Known => {}
+                Doubt::Wait => first.probed.cancelled().await,
+                Doubt::Probe(probes) => {
+                    let mut tasks = JoinSet::new();
+                    for (upstream, name) in probes {
+                        let Some(query) = probe(&name, kind) else { continue };
+                        let (forwarder, way) = (Arc::clone(self), way.clone());
+                        tasks.spawn(async move { forwarder.one(&query, false, &upstream, &way).await });
+                    }
+                    while tasks.join_next().await.is_some() {}
+                    first.probed.cancel();
+                }
+            }
+        };
+        tokio::select! {
+            _ = timeout(PROBE, probed) => {}
+            () = first.done.cancelled() => {}
+        }
+        let now = Instant::now();
+        first.upstreams.iter().all(|upstream| self.loops.is_loop(upstream, &way.name, now))
+    }
+
+    async fn ask(self: &Arc<Self>, query: &[u8], tcp: bool, upstreams: &[Upstream], way: &Way) -> Forwarded {
+        let mut tasks = JoinSet::new();
+        for upstream in upstreams {
+            let (forwarder, query) = (Arc::clone(self), query.to_vec());
+            let (upstream, way) = (upstream.clone(), way.clone());
+            tasks.spawn(async move {
+                let answer = forwarder.one(&query, tcp, &upstream, &way).await;
+                (upstream, answer)
+            });
+        }
+        let mut worst = None;
+        let race = async {
+            while let Some(done) = tasks.join_next().await {
+                match done {
+                    Ok((upstream, Ok(answer))) => match code(&answer) {
+                        Some(ResponseCode::Refused) => drop(worst.get_or_insert(ResponseCode::Refused)),
+                        Some(ResponseCode::ServFail) => worst = Some(ResponseCode::ServFail),
+                        Some(_) => {
+                            self.loops.answered(&upstream, &way.name);
+                            return Some(answer);
+                        }
+                        None => {}
+                    },
+                    Ok((upstream, Err(error))) => {
+                        tracing::debug!(%upstream, %error, "no answer from a resolver");
+                    }
+                    Err(error) => tracing::debug!(%error, "a question was not asked"),
+                }
+            }
+            None
+        };
+        match timeout(TOTAL, race).await {
+            Ok(Some(answer)) => Forwarded::Answer(answer),
+            Ok(None) => worst.map_or(Forwarded::Failed(ResponseCode::ServFail), Forwarded::Failed),
+            Err(_) => Forwarded::Silence,
+        }
+    }
+
+    async fn one(
+        self: &Arc<Self>,
+        query: &[u8],
+        tcp: bool,
+        upstream: &Upstream,
+        way: &Way,
+    ) -> io::Result<Vec<u8>> {
+        match upstream {
+            Upstream::Plain(to) => plain(query, tcp, *to, self.mark(to.ip(), way)).await,
+            Upstream::Secure(to) => self.by_secure(query, to, way).await.map_err(io::Error::other),
+            Upstream::Unusable { why, .. } => Err(io::Error::other(*why)),
+        }
+    }
+}
+
+/// A question by which a loop is found.
+fn probe(name: &str, kind: u16) -> Option<Vec<u8>> {
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(format!("{name}.")).ok()?, kind.into()));
+    message.to_vec().ok()
 }
 
 fn code(answer: &[u8]) -> Option<ResponseCode> {
@@ -70,7 +208,7 @@ fn is_truncated(answer: &[u8]) -> bool {
     answer.get(2).is_some_and(|flags| flags & 0x02 != 0)
 }
 
-async fn one(query: &[u8], tcp: bool, to: SocketAddr, fwmark: Option<u32>) -> io::Result<Vec<u8>> {
+async fn plain(query: &[u8], tcp: bool, to: SocketAddr, fwmark: Option<u32>) -> io::Result<Vec<u8>> {
     if tcp {
         return by_tcp(query, to, fwmark).await;
     }
@@ -93,7 +231,12 @@ async fn one(query: &[u8], tcp: bool, to: SocketAddr, fwmark: Option<u32>) -> io
     }
 }
 
-fn socket(to: SocketAddr, kind: Type, protocol: Protocol, fwmark: Option<u32>) -> io::Result<Socket> {
+pub(crate) fn socket(
+    to: SocketAddr,
+    kind: Type,
+    protocol: Protocol,
+    fwmark: Option<u32>,
+) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
     if let Some(mark) = fwmark.filter(|_| !to.ip().is_loopback()) {
@@ -145,16 +288,16 @@ async fn by_tcp(query: &[u8], to: SocketAddr, fwmark: Option<u32>) -> io::Result
     timeout(TCP_LIMIT, exchange).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-fn random_id() -> u16 {
+pub(crate) fn random_id() -> u16 {
     let nonce = lacis_wire::derp::random_nonce();
     u16::from_be_bytes([nonce[0], nonce[1]])
 }
 
-fn id_of(message: &[u8]) -> u16 {
+pub(crate) fn id_of(message: &[u8]) -> u16 {
     u16::from_be_bytes([message.first().copied().unwrap_or(0), message.get(1).copied().unwrap_or(0)])
 }
 
-fn with_id(message: &[u8], id: u16) -> Vec<u8> {
+pub(crate) fn with_id(message: &[u8], id: u16) -> Vec<u8> {
     let mut copy = message.to_vec();
     if let Some(place) = copy.get_mut(..2) {
         place.copy_from_slice(&id.to_be_bytes());
@@ -191,11 +334,6 @@ pub(crate) fn question(message: &[u8]) -> Option<(&[u8], &[u8])> {
     }
     end += 1;
     Some((&message[HEADER..end], message.get(end..end + 4)?))
-}
-
-/// Asks once more by TCP when a TCP client's question got an answer that was cut.
-pub(crate) fn needs_tcp(answer: &Forwarded, tcp: bool) -> bool {
-    tcp && matches!(answer, Forwarded::Answer(answer) if is_truncated(answer))
 }
 
 #[cfg(test)]

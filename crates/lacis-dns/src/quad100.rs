@@ -1,10 +1,10 @@
 //! The resolver's addresses inside the mesh: IP packets in, IP packets out.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+pub use lacis_wire::control::{QUAD100_V4, QUAD100_V6};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -12,10 +12,6 @@ use tokio_util::task::TaskTracker;
 use crate::packet::{self, Datagram};
 use crate::resolver::{Resolver, Transport};
 use crate::tcp::{ConnectionId, Tcp};
-
-/// The resolver's address, and its twin.
-pub const QUAD100_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
-pub const QUAD100_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 pub(crate) const PORT: u16 = 53;
 /// Questions that are being passed on, by UDP and TCP together; what comes on top is dropped, and asked again by the

@@ -1,19 +1,21 @@
 //! Answers DNS messages: from the state where it can, by passing them on where it must.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use hickory_proto::op::{Message, MessageType, ResponseCode};
 
 use crate::answer::{Decision, decide, failed};
-use crate::forward::{self, Forwarded};
+use crate::forward::{Forwarded, Forwarder, Way};
 use crate::state::DnsState;
 
 /// The largest UDP answer that is offered and taken.
 pub(crate) const MAX_UDP: u16 = 1232;
 /// What a client without EDNS takes.
 pub(crate) const PLAIN_UDP: u16 = 512;
+/// Resolvers that are complained of one by one.
+const MAX_PROBLEMS: usize = 8;
 /// The shortest message: a header.
 pub(crate) const HEADER: usize = 12;
 /// The shortest question: the root's name, type, class.
@@ -39,17 +41,50 @@ pub struct Options {
 #[derive(Clone, Debug)]
 pub struct Resolver {
     pub(crate) state: Arc<ArcSwap<DnsState>>,
-    options: Options,
+    forwarder: Arc<Forwarder>,
 }
 
 impl Resolver {
     pub fn new(options: Options) -> Self {
-        Self { state: Arc::default(), options }
+        Self::with(Forwarder { fwmark: options.fwmark, ..Forwarder::default() })
+    }
+
+    pub(crate) fn with(forwarder: Forwarder) -> Self {
+        Self { state: Arc::default(), forwarder: Arc::new(forwarder) }
     }
 
     /// Answers with this from now on.
     pub fn set_state(&self, state: Arc<DnsState>) {
-        self.state.store(state);
+        let old = self.state.swap(Arc::clone(&state));
+        if old.inside != state.inside {
+            // Kept connections may have been made by another way.
+            self.reconnect();
+        }
+        self.forwarder.loops.retain(|upstream| state.has(upstream));
+        self.forwarder.secure.retain(|upstream| state.has(upstream));
+    }
+
+    /// The host's network is another: kept connections to resolvers are closed.
+    pub fn reconnect(&self) {
+        self.forwarder.secure.clear();
+    }
+
+    /// What does not work, in lines for people.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<_> = self.state().problems().into_iter().collect();
+        let loops = self.forwarder.loops.found(Instant::now());
+        problems.extend(loops.into_iter().map(|(upstream, name)| {
+            format!(
+                "the resolver {upstream} sends this node's questions back to it ({name}, for one): it must not ask \
+                 100.100.100.100, or this node must not ask it"
+            )
+        }));
+        problems.extend(self.forwarder.secure.problems());
+        if let Some(more) = problems.len().checked_sub(MAX_PROBLEMS).filter(|more| *more > 0) {
+            problems.truncate(MAX_PROBLEMS);
+            problems.push(format!("and {more} more problems with resolvers"));
+        }
+        problems
     }
 
     pub fn state(&self) -> Arc<DnsState> {
@@ -70,6 +105,9 @@ impl Resolver {
         };
         match decide(&self.state(), &message) {
             Decision::Answer(answer) => Ok(encode(&answer, &message, transport)),
+            Decision::Forward(name) if self.forwarder.loops.returned(&name, Instant::now()) => {
+                Ok(encode(&failed(&message, ResponseCode::NXDomain), &message, transport))
+            }
             Decision::Forward(name) => {
                 Err(Box::new(Question { name, message, bytes: query.to_vec(), transport }))
             }
@@ -87,22 +125,17 @@ impl Resolver {
     pub(crate) async fn pass_on(&self, question: Box<Question>) -> Option<Vec<u8>> {
         let Question { name, message, bytes, transport } = *question;
         let state = self.state();
-        // A resolver that is reached through the mesh must not be kept out of it.
-        let mark = |to: &SocketAddr| self.options.fwmark.filter(|_| !state.asks_inside(&name, to.ip()));
-        let upstreams: Vec<_> = state.upstreams(&name).into_iter().map(|to| (to, mark(&to))).collect();
-        if upstreams.is_empty() {
-            return encode(&failed(&message, ResponseCode::ServFail), &message, transport);
-        }
+        let upstreams = state.upstreams(&name);
+        // `decide` has let through exactly one.
+        let kind = message.queries.first().map_or(0, |question| question.query_type.into());
         let tcp = transport == Transport::Tcp;
-        let mut forwarded = forward::ask(&bytes, false, &upstreams).await;
-        if forward::needs_tcp(&forwarded, tcp) {
-            forwarded = forward::ask(&bytes, true, &upstreams).await;
-        }
+        let way = Way::new(state, &name);
+        let forwarded = self.forwarder.forward(&bytes, kind, tcp, upstreams, &way).await;
         match forwarded {
             Forwarded::Answer(answer) => fitted(answer, &message, transport),
             Forwarded::Failed(code) => encode(&failed(&message, code), &message, transport),
             Forwarded::Silence => {
-                tracing::debug!(?upstreams, "no resolver answers");
+                tracing::debug!(%name, "no resolver answers");
                 encode(&failed(&message, ResponseCode::ServFail), &message, transport)
             }
         }
@@ -168,6 +201,8 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
     use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use hickory_proto::op::Query;
     use hickory_proto::rr::rdata::A;
@@ -267,11 +302,103 @@ mod tests {
         tokio::spawn(async move {
             let mut buffer = [0; 1500];
             let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
-            tokio::time::sleep(std::time::Duration::from_millis(2300)).await;
+            tokio::time::sleep(Duration::from_millis(2300)).await;
             let answer = failed(&Message::from_vec(&buffer[..length]).unwrap(), ResponseCode::NXDomain);
             socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
         });
         assert_eq!(asked(vec![address]).await.metadata.response_code, ResponseCode::NXDomain);
+    }
+
+    /// A resolver of the host that asks us, and counts its questions; `away` is how long it takes for that.
+    async fn asking_back(resolver: &Resolver, away: Duration) -> (SocketAddr, Arc<AtomicUsize>) {
+        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let (address, count) = (socket.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+        let (resolver, counter) = (resolver.clone(), Arc::clone(&count));
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+                counter.fetch_add(1, Ordering::Relaxed);
+                let mut query = Message::from_vec(&buffer[..length]).unwrap();
+                let (socket, resolver) = (Arc::clone(&socket), resolver.clone());
+                tokio::spawn(async move {
+                    tokio::time::sleep(away).await;
+                    let id = std::mem::replace(&mut query.metadata.id, 77);
+                    query.metadata.checking_disabled = true;
+                    let answer = resolver.answer(&query.to_vec().unwrap(), Transport::Udp).await.unwrap();
+                    let mut answer = Message::from_vec(&answer).unwrap();
+                    answer.metadata.id = id;
+                    socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+                });
+            }
+        });
+        (address, count)
+    }
+
+    #[tokio::test]
+    async fn a_question_that_comes_back_goes_out_once_and_is_named() {
+        let resolver = Resolver::new(Options::default());
+        let (loops, count) = asking_back(&resolver, Duration::from_millis(20)).await;
+        let state = DnsState { resolvers: vec![Upstream::from(loops)], ..DnsState::default() };
+        resolver.set_state(Arc::new(state));
+        let query = question("www.example.org.");
+        let began = Instant::now();
+        let answer = resolver.answer(&query, Transport::Udp).await.unwrap();
+        assert_eq!(Message::from_vec(&answer).unwrap().metadata.response_code, ResponseCode::ServFail);
+        assert!(began.elapsed() < Duration::from_secs(5));
+        assert_eq!(count.load(Ordering::Relaxed), 2, "the question and a probe");
+        let problems = resolver.problems();
+        assert!(problems[0].contains(&loops.to_string()) && problems[0].contains("www.example.org"));
+        // Known by now.
+        resolver.answer(&query, Transport::Udp).await.unwrap();
+        assert_eq!(count.load(Ordering::Relaxed), 2);
+        let other = question("ftp.example.org.");
+        let ask = || resolver.answer(&other, Transport::Udp);
+        tokio::join!(ask(), ask(), ask(), ask());
+        assert_eq!(count.load(Ordering::Relaxed), 4, "programs that ask the same at once make no more");
+        let good = upstream(ResponseCode::NoError).await;
+        let resolvers = vec![Upstream::from(good)];
+        resolver.set_state(Arc::new(DnsState { resolvers, ..DnsState::default() }));
+        assert!(resolver.problems().is_empty());
+        resolver.answer(&query, Transport::Udp).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn where_one_of_two_resolvers_leads_back_the_other_answers() {
+        let resolver = Resolver::new(Options::default());
+        let (loops, count) = asking_back(&resolver, Duration::ZERO).await;
+        let good = upstream(ResponseCode::NoError).await;
+        let resolvers = vec![Upstream::from(loops), Upstream::from(good)];
+        resolver.set_state(Arc::new(DnsState { resolvers, ..DnsState::default() }));
+        for _ in 0..3 {
+            let answer = resolver.answer(&question("www.example.org."), Transport::Udp).await.unwrap();
+            assert_eq!(Message::from_vec(&answer).unwrap().answers.len(), 1);
+        }
+        assert!(count.load(Ordering::Relaxed) < 10);
+    }
+
+    #[tokio::test]
+    async fn one_question_of_two_programs_is_no_loop() {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let answer = failed(&Message::from_vec(&buffer[..length]).unwrap(), ResponseCode::NXDomain);
+                socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+            }
+        });
+        let resolver = Resolver::new(Options::default());
+        let resolvers = vec![Upstream::from(address)];
+        resolver.set_state(Arc::new(DnsState { resolvers, ..DnsState::default() }));
+        let query = question("www.example.org.");
+        let asks = || async {
+            let answer = resolver.answer(&query, Transport::Udp).await.unwrap();
+            Message::from_vec(&answer).unwrap().metadata.response_code
+        };
+        let codes = tokio::join!(asks(), asks(), asks());
+        assert_eq!(codes, (ResponseCode::NXDomain, ResponseCode::NXDomain, ResponseCode::NXDomain));
+        assert!(resolver.problems().is_empty());
     }
 
     #[test]

@@ -1,13 +1,24 @@
 //! What the resolver knows: names, zones and upstreams, made from the network map and never changed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
+use ipnet::IpNet;
+use lacis_wire::control::ResolverAddr;
+use lacis_wire::text;
+
+use crate::known;
 use crate::quad100::{QUAD100_V4, QUAD100_V6};
 
 const DNS_PORT: u16 = 53;
 /// Resolvers that one question goes to, each with a socket or two of its own. The C library knows three.
 const MAX_UPSTREAMS: usize = 4;
+/// Addresses that a URL's host is tried at.
+const MAX_BOOTSTRAP: usize = 8;
+/// How much of what a network map says is repeated in a problem.
+const MAX_QUOTE: usize = 100;
 /// Addresses in one answer: none is longer than a message of DNS can be.
 const MAX_ADDRESSES: usize = 1000;
 
@@ -16,7 +27,7 @@ const MAX_ADDRESSES: usize = 1000;
 pub struct DnsState {
     /// Full names of nodes.
     pub hosts: HashMap<String, Vec<IpAddr>>,
-    /// Zones in which a name that is not known does not exist.
+    /// Zones in which a name that is not known does not exist, unless a route that is as long or longer has it.
     pub authoritative: Vec<String>,
     /// Names beside those of nodes.
     pub extra_records: Vec<(String, IpAddr)>,
@@ -28,9 +39,9 @@ pub struct DnsState {
     pub fallback: Vec<Upstream>,
     /// What the host had before us.
     pub base: Vec<Upstream>,
-    /// Resolvers to which the mesh's routes lead: of networks behind a router, or all while an exit node is used.
-    /// Those with addresses of the mesh need not be named.
-    pub inside: HashSet<IpAddr>,
+    /// What the mesh's routes lead to: networks behind a router, or everything while an exit node is used.
+    /// Addresses of the mesh itself need not be named.
+    pub inside: Inside,
     /// Names that the mesh itself hangs on: while it is being built up, only resolvers outside can be asked for them.
     pub outside: Vec<String>,
     /// Search domains, the tailnet's own first.
@@ -40,29 +51,100 @@ pub struct DnsState {
     pub has_ipv6: bool,
 }
 
+/// Which addresses are reached through the mesh.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inside {
+    /// Networks that are routed into the mesh.
+    pub device: Vec<IpNet>,
+    /// Networks that are not, though a wider one is.
+    pub thrown: Vec<IpNet>,
+    /// Addresses of this host's own surroundings, which mean something else where an exit node is.
+    pub nearby: Vec<IpAddr>,
+}
+
+impl Inside {
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        let longest =
+            |nets: &[IpNet]| nets.iter().filter(|net| net.contains(&ip)).map(|net| net.prefix_len()).max();
+        let Some(device) = longest(&self.device) else { return false };
+        let by_exit_node = device == 0;
+        longest(&self.thrown).is_none_or(|thrown| thrown < device)
+            && !(by_exit_node && self.nearby.contains(&ip))
+    }
+}
+
 /// A resolver to ask.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Upstream {
     Plain(SocketAddr),
-    /// A URL (DNS over HTTPS) or something else that is not spoken.
-    Unsupported(String),
+    /// Over HTTPS or TLS.
+    Secure(Arc<SecureUpstream>),
+    /// Something that cannot be asked, and why.
+    Unusable {
+        text: String,
+        why: &'static str,
+    },
+}
+
+/// A resolver that is asked over HTTPS or TLS.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SecureUpstream {
+    /// As the network map has it.
+    pub(crate) url: String,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    /// Of DNS over HTTPS; DNS over TLS has none.
+    pub(crate) path: Option<String>,
+    /// Where the host is; empty where its name must be resolved first.
+    pub(crate) addresses: Vec<IpAddr>,
 }
 
 impl Upstream {
-    /// From the network map: an address, an address and port, or something that is not supported.
-    pub fn parse(text: &str) -> Self {
-        if let Ok(ip) = text.parse::<IpAddr>() {
-            return Self::Plain(SocketAddr::new(ip, DNS_PORT));
-        }
-        text.parse().map_or_else(|_| Self::Unsupported(text.to_owned()), Self::Plain)
+    /// From the network map: an address or a URL, and addresses of the URL's host where they are given.
+    pub fn new(text: &str, bootstrap: &[IpAddr]) -> Self {
+        let (host, port, path) = match text.parse() {
+            Ok(ResolverAddr::Plain(address)) => return Self::Plain(address),
+            Ok(ResolverAddr::Https { host, port, path }) => (host, port, Some(path)),
+            Ok(ResolverAddr::Tls { host, port }) => (host, port, None),
+            Err(why) => return Self::Unusable { text: text.to_owned(), why },
+        };
+        let addresses = match host.parse() {
+            Ok(ip) => vec![ip],
+            Err(_) if bootstrap.is_empty() => known::addresses(&host, path.as_deref().unwrap_or_default()),
+            Err(_) => bootstrap.iter().take(MAX_BOOTSTRAP).copied().collect(),
+        };
+        Self::Secure(Arc::new(SecureUpstream { url: text.to_owned(), host, port, path, addresses }))
     }
 
+    /// Why it is not asked, if that is so.
+    pub(crate) fn problem(&self) -> Option<&'static str> {
+        let ips = match self {
+            Self::Plain(address) => &[address.ip()],
+            Self::Secure(secure) => secure.addresses.as_slice(),
+            Self::Unusable { why, .. } => return Some(why),
+        };
+        ips.iter().any(|ip| is_quad100(*ip)).then_some("this host would ask itself")
+    }
+
+    /// The address of plain DNS that can be asked.
     pub(crate) fn address(&self) -> Option<SocketAddr> {
         match self {
-            // Asking ourselves would go round in circles.
-            Self::Plain(address) if is_quad100(address.ip()) => None,
-            Self::Plain(address) => Some(*address),
-            Self::Unsupported(_) => None,
+            Self::Plain(address) if self.problem().is_none() => Some(*address),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(address) if address.port() == DNS_PORT => address.ip().fmt(f),
+            Self::Plain(address) => address.fmt(f),
+            Self::Secure(secure) => f.write_str(&secure.url),
+            Self::Unusable { text, .. } => {
+                let text: String = text.chars().take(MAX_QUOTE).collect();
+                f.write_str(&text::plain(&text))
+            }
         }
     }
 }
@@ -78,7 +160,7 @@ pub(crate) fn is_quad100(ip: IpAddr) -> bool {
 }
 
 /// Is this an address of a mesh, IPv4 or IPv6?
-pub(crate) fn is_mesh(ip: IpAddr) -> bool {
+pub fn is_mesh(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
         IpAddr::V6(v6) => v6.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
@@ -105,31 +187,74 @@ impl DnsState {
 
     /// Is a resolver asked for this name through the mesh, and not past it?
     pub(crate) fn asks_inside(&self, name: &str, resolver: IpAddr) -> bool {
-        is_mesh(resolver)
-            || self.inside.contains(&resolver) && !self.outside.iter().any(|known| known == name)
+        is_mesh(resolver) || self.inside.contains(resolver) && !self.is_outside(name)
+    }
+
+    /// Is this a name that the mesh itself hangs on?
+    pub(crate) fn is_outside(&self, name: &str) -> bool {
+        self.outside.iter().any(|known| known == name)
     }
 
     pub(crate) fn name_of(&self, ip: IpAddr) -> Option<&str> {
         self.hosts.iter().find(|(_, ips)| ips.contains(&ip)).map(|(name, _)| name.as_str())
     }
 
+    /// The zone in which a name is answered here. A route that is at least as long is for resolvers of its own.
     pub(crate) fn zone_of(&self, name: &str) -> Option<&str> {
         let zones = self.authoritative.iter().filter(|zone| in_zone(name, zone));
-        zones.max_by_key(|zone| zone.len()).map(String::as_str)
+        let zone = zones.max_by_key(|zone| zone.len())?;
+        let given_away = self.route_of(name).is_some_and(|(suffix, _)| suffix.len() >= zone.len());
+        (!given_away).then_some(zone)
+    }
+
+    fn route_of(&self, name: &str) -> Option<&(String, Vec<Upstream>)> {
+        self.routes.iter().filter(|(suffix, _)| in_zone(name, suffix)).max_by_key(|(suffix, _)| suffix.len())
     }
 
     /// The resolvers for a name that is not ours: [`MAX_UPSTREAMS`] at most.
-    pub(crate) fn upstreams(&self, name: &str) -> Vec<SocketAddr> {
-        let addresses = |some: &[Upstream]| -> Vec<_> {
-            some.iter().filter_map(Upstream::address).take(MAX_UPSTREAMS).collect()
+    pub(crate) fn upstreams(&self, name: &str) -> Vec<Upstream> {
+        let usable = |some: &[Upstream]| -> Vec<_> {
+            let usable = some.iter().filter(|upstream| upstream.problem().is_none());
+            usable.take(MAX_UPSTREAMS).cloned().collect()
         };
-        let routes = self.routes.iter().filter(|(suffix, _)| in_zone(name, suffix));
-        if let Some((_, own)) = routes.max_by_key(|(suffix, _)| suffix.len()) {
+        if let Some((_, own)) = self.route_of(name) {
             // A suffix that has resolvers of its own is never asked elsewhere.
-            return addresses(own);
+            return usable(own);
         }
-        let choices = [&self.resolvers, &self.base, &self.fallback].map(|some| addresses(some));
+        if !self.resolvers.is_empty() {
+            // Nor is anything where the network's resolvers replace the host's, even if none of them can be used.
+            return usable(&self.resolvers);
+        }
+        let choices = [&self.base, &self.fallback].map(|some| usable(some));
         choices.into_iter().find(|some| !some.is_empty()).unwrap_or_default()
+    }
+
+    /// The resolvers for the host of a resolver's URL: the host's own, or else others with an address.
+    pub(crate) fn bootstrap(&self) -> Vec<Upstream> {
+        let plain = |some: &[Upstream]| -> Vec<_> {
+            some.iter().filter_map(Upstream::address).take(MAX_UPSTREAMS).map(Upstream::Plain).collect()
+        };
+        let choices = [&self.base, &self.resolvers, &self.fallback].map(|some| plain(some));
+        choices.into_iter().find(|some| !some.is_empty()).unwrap_or_default()
+    }
+
+    /// The resolvers that the network names.
+    fn given(&self) -> impl Iterator<Item = &Upstream> {
+        self.routes.iter().flat_map(|(_, to)| to).chain(&self.resolvers).chain(&self.fallback)
+    }
+
+    /// Is this resolver one of those that may be asked?
+    pub(crate) fn has(&self, upstream: &Upstream) -> bool {
+        self.given().chain(&self.base).any(|known| known == upstream)
+    }
+
+    /// Resolvers of the network that cannot be asked, and why.
+    pub(crate) fn problems(&self) -> BTreeSet<String> {
+        let problem = |upstream: &Upstream| {
+            let why = upstream.problem()?;
+            Some(format!("the network's resolver {upstream} cannot be used: {why}"))
+        };
+        self.given().filter_map(problem).collect()
     }
 }
 
@@ -184,7 +309,7 @@ mod tests {
     use super::*;
 
     fn plain(text: &str) -> Upstream {
-        Upstream::parse(text)
+        Upstream::new(text, &[])
     }
 
     #[test]
@@ -201,16 +326,77 @@ mod tests {
             routes: vec![
                 ("example".into(), vec![plain("192.0.2.1")]),
                 ("corp.example".into(), vec![plain("192.0.2.2")]),
-                ("doh.example".into(), vec![plain("https://dns.example")]),
+                ("doh.example".into(), vec![plain("gopher://dns.example")]),
             ],
             resolvers: vec![plain("192.0.2.53:5353")],
             base: vec![plain("192.0.2.9")],
             ..DnsState::default()
         };
-        assert_eq!(state.upstreams("a.corp.example"), ["192.0.2.2:53".parse().unwrap()]);
-        assert_eq!(state.upstreams("x.example"), ["192.0.2.1:53".parse().unwrap()]);
+        assert_eq!(state.upstreams("a.corp.example"), [plain("192.0.2.2")]);
+        assert_eq!(state.upstreams("x.example"), [plain("192.0.2.1")]);
         assert_eq!(state.upstreams("a.doh.example"), []);
-        assert_eq!(state.upstreams("org"), ["192.0.2.53:5353".parse().unwrap()]);
+        assert_eq!(state.upstreams("org"), [plain("192.0.2.53:5353")]);
+    }
+
+    #[test]
+    fn resolvers_that_cannot_be_used_are_not_replaced_by_the_hosts_own() {
+        let state = DnsState {
+            resolvers: vec![plain("gopher://dns.example"), plain("100.100.100.100")],
+            base: vec![plain("192.0.2.9")],
+            fallback: vec![plain("192.0.2.8")],
+            ..DnsState::default()
+        };
+        assert_eq!(state.upstreams("www.example"), []);
+        let problems = state.problems();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(
+            problems.iter().any(|line| line.contains("gopher://dns.example cannot be used: only https://"))
+        );
+        assert!(problems.iter().any(|line| line.contains("100.100.100.100 cannot be used: this host would")));
+        assert!(DnsState { resolvers: Vec::new(), ..state }.problems().is_empty());
+    }
+
+    #[test]
+    fn a_url_s_host_is_at_its_own_the_given_or_a_known_address_and_else_asked_of_others() {
+        let addresses = |upstream: Upstream| match upstream {
+            Upstream::Secure(secure) => secure.addresses.clone(),
+            other => panic!("{other}"),
+        };
+        let given: [IpAddr; 1] = ["192.0.2.7".parse().unwrap()];
+        let at = |url: &str, given: &[IpAddr]| addresses(Upstream::new(url, given));
+        assert_eq!(at("https://[2001:db8::1]/x", &given), ["2001:db8::1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(at("https://dns.google/dns-query", &given), given);
+        assert!(at("tls://dns.google", &[]).contains(&"8.8.8.8".parse().unwrap()));
+        assert!(at("tls://dns.example", &[]).is_empty());
+        assert!(Upstream::new("https://[fd7a:115c:a1e0::53]/", &[]).problem().is_some());
+        let state = DnsState {
+            resolvers: vec![plain("https://dns.example/"), plain("192.0.2.1")],
+            base: vec![plain("100.100.100.100")],
+            ..DnsState::default()
+        };
+        assert_eq!(state.bootstrap(), [plain("192.0.2.1")]);
+        let state = DnsState { base: vec![plain("192.0.2.9")], ..state };
+        assert_eq!(state.bootstrap(), [plain("192.0.2.9")]);
+    }
+
+    #[test]
+    fn the_longest_route_decides_which_addresses_are_inside() {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let inside = Inside {
+            device: nets(&["0.0.0.0/0", "10.1.0.0/16"]),
+            thrown: nets(&["10.0.0.0/8", "203.0.113.0/24"]),
+            nearby: vec!["192.168.1.1".parse().unwrap(), "10.1.0.53".parse().unwrap()],
+        };
+        for (ip, expected) in [
+            ("10.1.0.53", true),
+            ("10.2.0.53", false),
+            ("192.168.1.1", false),
+            ("192.168.1.2", true),
+            ("203.0.113.9", false),
+            ("2001:db8::1", false),
+        ] {
+            assert_eq!(inside.contains(ip.parse().unwrap()), expected, "{ip}");
+        }
     }
 
     #[test]
@@ -234,9 +420,9 @@ mod tests {
             fallback: vec![plain("192.0.2.8")],
             ..DnsState::default()
         };
-        assert_eq!(state.upstreams("org"), ["192.0.2.9:53".parse().unwrap()]);
+        assert_eq!(state.upstreams("org"), [plain("192.0.2.9")]);
         let state = DnsState { base: vec![plain("100.100.100.100")], ..state };
-        assert_eq!(state.upstreams("org"), ["192.0.2.8:53".parse().unwrap()]);
+        assert_eq!(state.upstreams("org"), [plain("192.0.2.8")]);
     }
 
     #[test]

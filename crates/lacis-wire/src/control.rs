@@ -16,6 +16,7 @@ mod lenient;
 mod map;
 mod node;
 mod register;
+mod resolver;
 
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ pub use lenient::{CapMap, Lenient, MAX_CAPABILITY_VALUE, MAX_ELEMENTS, RawJson, 
 pub use map::{Debug, KEEP_ALIVE_JSON, MapRequest, MapResponse, PingRequest, endpoint_type};
 pub use node::{Node, NodeId, PeerChange, UserId, UserProfile};
 pub use register::{Login, RegisterAuth, RegisterRequest, RegisterResponse, User};
+pub use resolver::{QUAD100_V4, QUAD100_V6, ResolverAddr};
 
 use crate::key::{ChallengeKey, MachineKey, NodeKey};
 

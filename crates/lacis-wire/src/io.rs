@@ -15,7 +15,7 @@ mod tls;
 
 pub use dial::{ControlDialer, ControlStream, ControlUrl};
 pub use early::{EarlyPayload, EarlyStream, encode_early};
-pub use error::DialError;
+pub use error::{DialError, tls_error};
 pub use http2::ControlClient;
 pub use proxy::{Proxies, Proxy, ProxyError};
 pub use stream::NoiseStream;

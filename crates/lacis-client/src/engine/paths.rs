@@ -260,6 +260,7 @@ impl Engine {
             self.report = NetcheckReport::default();
             self.port_map.renew();
             self.relays.redial();
+            self.resolver.reconnect();
             if let Some(control) = &self.control {
                 control.redial();
             }

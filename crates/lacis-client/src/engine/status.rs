@@ -153,6 +153,7 @@ impl Engine {
             }
             health.extend(self.exit_node_trouble());
             health.extend(self.host_missing.iter().cloned());
+            health.extend(self.resolver.problems());
             if self.map.as_ref().is_some_and(|map| map.derp_map.regions.is_empty()) {
                 health.push("the control server names no relays".to_owned());
             }

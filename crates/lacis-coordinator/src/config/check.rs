@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use lacis_policy::{Format, Policy, Problem};
+use lacis_wire::control::{QUAD100_V4, QUAD100_V6, ResolverAddr};
 
+use super::Nameserver;
 use super::position::Positions;
 use super::problem;
 use super::scalars::is_label;
-use super::types::{Config, PolicySetting, Tailnet};
+use super::types::{Config, Dns, PolicySetting, Tailnet};
 use crate::core::names::means_this_host;
 
 /// A DNS name has 253 characters at most, and a node's label 63 and a dot.
@@ -49,6 +51,12 @@ pub(super) fn check(config: &Config, positions: &Positions<'_>) -> Vec<problem::
         if dns.override_local_dns && dns.nameservers.is_empty() {
             let message = "needs at least one entry in nameservers: clients could resolve nothing else";
             wrong(&["tailnets", name, "dns", "override_local_dns"], message.to_owned());
+        }
+        for (place, server) in nameservers(dns) {
+            if let Err(why) = resolver(server) {
+                let path = ["tailnets", name, "dns"].into_iter().chain(place.iter().map(String::as_str));
+                wrong(&path.collect::<Vec<_>>(), format!("the resolver {server} cannot be used: {why}"));
+            }
         }
         for (split, resolvers) in &dns.split {
             let path = ["tailnets", name, "dns", "split", split];
@@ -169,6 +177,40 @@ fn servers(config: &Config) -> Vec<Server> {
         host: node.host_name.clone(),
     };
     std::iter::once(coordinator).chain(relays.map(named)).collect()
+}
+
+/// What can be used and will hardly do what is wanted.
+pub(super) fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for (name, tailnet) in &config.tailnets {
+        for (place, server) in nameservers(&tailnet.dns) {
+            if resolver(server).is_ok_and(|to| to.ip().is_some_and(|ip| ip.is_loopback())) {
+                warnings.push(format!(
+                    "/tailnets/{name}/dns/{}: the resolver {server} is each client's own host: where that one asks 100.100.100.100, its questions come back and fail",
+                    place.join("/")
+                ));
+            }
+        }
+    }
+    warnings
+}
+
+/// All resolvers of a network, each with its place below `dns`.
+fn nameservers(dns: &Dns) -> impl Iterator<Item = (Vec<String>, &Nameserver)> {
+    let split = dns.split.iter().map(|(suffix, servers)| (vec!["split".to_owned(), suffix.clone()], servers));
+    let lists = std::iter::once((vec!["nameservers".to_owned()], &dns.nameservers)).chain(split);
+    lists.flat_map(|(list, servers)| {
+        let place = move |i: usize| list.iter().cloned().chain([i.to_string()]).collect();
+        servers.iter().enumerate().map(move |(i, server)| (place(i), server))
+    })
+}
+
+fn resolver(server: &Nameserver) -> Result<ResolverAddr, &'static str> {
+    let to: ResolverAddr = server.0.parse()?;
+    if to.ip().is_some_and(|ip| ip == QUAD100_V4 || ip == QUAD100_V6) {
+        return Err("at this address each client answers itself, and would ask itself");
+    }
+    Ok(to)
 }
 
 /// What is wrong with a policy that stands in the configuration, and where in it.

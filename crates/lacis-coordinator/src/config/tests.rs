@@ -194,6 +194,42 @@ fn each_bad_file_is_told_where_and_what_in_one_line() {
 }
 
 #[test]
+fn resolvers_that_clients_cannot_ask_are_refused_by_name_and_doubtful_ones_warned_of() {
+    let with = |dns: &str| with_line(5, &format!("  lab: {{ domain: lab.example.org, dns: {{ {dns} }} }}"));
+    let good = "nameservers: [1.1.1.1, \"[2001:db8::1]:5353\", \"https://dns.example.org/dns-query{?dns}\", \"tls://192.0.2.1\"]";
+    assert!(Config::parse("c.yaml", &with(good)).unwrap().warnings().is_empty());
+    for (server, why) in [
+        ("dns.example.org", "it is neither an IP address nor a URL"),
+        ("http://dns.example.org/dns-query", "without encryption"),
+        ("quic://dns.example.org", "only https:// (DNS over HTTPS) and tls:// (DNS over TLS) are spoken"),
+        ("tls://dns.example.org/dns-query", "DNS over TLS has no path"),
+        ("0.0.0.0", "no host has this address"),
+        ("100.100.100.100", "at this address each client answers itself"),
+        ("https://[fd7a:115c:a1e0::53]/dns-query", "at this address each client answers itself"),
+    ] {
+        let said = errors(&with(&format!("nameservers: [1.1.1.1, \"{server}\"]")));
+        assert!(said.contains("/tailnets/lab/dns/nameservers/1: the resolver "), "{said}");
+        assert!(said.contains(server) && said.contains(why), "{said}");
+        let said = errors(&with(&format!("split: {{ corp.example: [\"{server}\"] }}")));
+        assert!(said.contains("/tailnets/lab/dns/split/corp.example/0: the resolver "), "{said}");
+    }
+    let warnings =
+        Config::parse("c.yaml", &with("split: { corp.example: [127.0.0.53] }")).unwrap().warnings();
+    assert_eq!(warnings.len(), 1);
+    assert!(warnings[0].starts_with("/tailnets/lab/dns/split/corp.example/0: the resolver 127.0.0.53 is"));
+}
+
+#[test]
+fn a_reverse_zone_of_the_mesh_may_have_resolvers_of_its_own() {
+    let split = "split: { 64.100.in-addr.arpa: [10.0.0.53], 7.65.100.in-addr.arpa: [10.0.0.53] }";
+    let text = with_line(5, &format!("  lab: {{ domain: lab.example.org, dns: {{ {split} }} }}"));
+    let routes = Config::parse("c.yaml", &text).unwrap().core().tailnets[0].dns().routes;
+    let resolvers = |zone: &str| routes[zone].len();
+    assert_eq!((resolvers("64.100.in-addr.arpa"), resolvers("7.65.100.in-addr.arpa")), (1, 1));
+    assert_eq!(resolvers("65.100.in-addr.arpa"), 0);
+}
+
+#[test]
 fn a_missing_file_is_named() {
     let error = Config::load(Path::new("/nonexistent/c.yaml")).unwrap_err().to_string();
     assert!(error.starts_with("cannot read the configuration /nonexistent/c.yaml: No such file"), "{error}");

@@ -150,7 +150,7 @@ pub struct Dns {
     /// Whether clients answer names of the network themselves, at 100.100.100.100.
     #[serde(default = "yes")]
     pub magic_dns: bool,
-    /// Resolvers for everything else.
+    /// Resolvers for everything else: addresses, or URLs of DNS over HTTPS (`https://`) or TLS (`tls://`).
     #[serde(default)]
     pub nameservers: Vec<Nameserver>,
     /// Whether the nameservers replace those of the client's own network.

@@ -38,12 +38,14 @@ fn routes<'de, D: serde::Deserializer<'de>>(d: D) -> Result<BTreeMap<String, Vec
     Ok(routes.into_iter().map(|(suffix, resolvers)| (suffix, resolvers.unwrap_or_default())).collect())
 }
 
-/// An upstream: an address, `address:port`, or a URL.
+/// An upstream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub struct DnsResolver {
+    /// [`super::ResolverAddr`] reads it.
     #[serde(deserialize_with = "nullable")]
     pub addr: String,
+    /// Addresses of the URL's host.
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "nullable")]
     pub bootstrap_resolution: Vec<IpAddr>,
     #[serde(skip_serializing_if = "is_default", deserialize_with = "nullable")]

@@ -152,7 +152,7 @@ impl DialError {
 }
 
 /// Puts a failed TLS handshake into words: the certificate's dates point to the clock.
-pub(super) fn tls_error(host: &str, error: &io::Error) -> DialError {
+pub fn tls_error(host: &str, error: &io::Error) -> DialError {
     use rustls::CertificateError as Bad;
     let host = host.to_owned();
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
