@@ -10,7 +10,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// From this many times on, somebody insists,
 const MANY: u32 = 4;
 /// until ours has stood for so long.
-const FORGOTTEN: Duration = Duration::from_secs(20);
+const FORGOTTEN: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Default)]
 pub(super) struct Repairs {
@@ -43,18 +43,20 @@ impl Repairs {
                 self.count = 0;
             }
             self.count = self.count.saturating_add(1);
-            self.pause = match stood >= CALM || self.count == 1 {
-                true => Duration::ZERO,
-                false => (self.pause * 2).clamp(MIN_PAUSE, MAX_PAUSE),
+            self.pause = if stood >= CALM || self.count == 1 {
+                Duration::ZERO
+            } else {
+                (self.pause * 2).clamp(MIN_PAUSE, MAX_PAUSE)
             };
             now + self.pause
         });
         now >= due
     }
 
-    /// When to look again.
+    /// When to look again: it is written then, or nobody insists any more.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.due
+        let forgotten = self.written.filter(|_| self.insists(Instant::now()));
+        self.due.or_else(|| forgotten.map(|written| written + FORGOTTEN))
     }
 
     /// Does another program keep writing?

@@ -188,7 +188,7 @@ impl Resolved {
     }
 
     /// The servers that it asks beside ours.
-    pub(super) fn base_resolvers(&self) -> Vec<SocketAddr> {
+    pub(super) fn base_resolvers() -> Vec<SocketAddr> {
         let text = std::fs::read_to_string(Path::new(FOLDER).join(UPLINKS)).unwrap_or_default();
         resolv_conf::servers(&text)
     }

@@ -215,7 +215,7 @@ impl OsResolver {
 
     pub(super) fn base_resolvers(&self) -> Vec<SocketAddr> {
         match &self.way {
-            Way::Resolved(resolved) => resolved.base_resolvers(),
+            Way::Resolved(_) => Resolved::base_resolvers(),
             Way::Resolvconf(resolvconf) => resolvconf.base_resolvers(self.direct.base_resolvers()),
             Way::Direct => self.direct.base_resolvers(),
         }
