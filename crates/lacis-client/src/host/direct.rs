@@ -374,7 +374,9 @@ mod tests {
         symlink("theirs", &path).unwrap();
         for before in [Some("nameserver 192.0.2.1\n"), None] {
             let _ = fs::remove_file(&target);
-            before.into_iter().for_each(|text| fs::write(&target, text).unwrap());
+            if let Some(text) = before {
+                fs::write(&target, text).unwrap();
+            }
             let mut direct = without_replacing(&path);
             direct.set(&dns()).unwrap();
             assert!(fs::read_to_string(&target).unwrap().contains("100.100.100.100"));

@@ -240,13 +240,12 @@ mod tests {
                 "GetNameOwner" if self.owner.is_empty() => None,
                 "GetNameOwner" => text(&self.owner),
                 "Get" if body.ends_with(b"DNS\0") => {
-                    let servers =
-                        vec![(link, INET, QUAD100_V4.octets().to_vec()), (9, INET, vec![192, 0, 2, 1])];
+                    let servers = [(link, INET, QUAD100_V4.octets().to_vec()), (9, INET, vec![192, 0, 2, 1])];
                     let servers = &servers[usize::from(!self.is_set)..].to_vec();
                     Some(("v", to_bytes(context, &as_variant::Serialize(servers)).unwrap().bytes().to_vec()))
                 }
                 "Get" => {
-                    let domains = vec![(link, "lab.example".to_owned(), false)];
+                    let domains = [(link, "lab.example".to_owned(), false)];
                     let domains = &domains[usize::from(!self.is_set)..].to_vec();
                     Some(("v", to_bytes(context, &as_variant::Serialize(domains)).unwrap().bytes().to_vec()))
                 }
