@@ -7,12 +7,16 @@ mod firewall;
 pub(crate) mod forwarding;
 mod network;
 mod nft;
+mod repairs;
+mod resolv_conf;
 mod resolvconf;
 mod resolved;
 mod resolver;
+mod watch;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use ipnet::IpNet;
 use lacis_dns::OsDns;
@@ -21,6 +25,7 @@ pub use firewall::{Firewall, Mode};
 use network::Network;
 use nft::Nft;
 use resolver::OsResolver;
+pub(crate) use watch::FileWatch;
 
 const VALID_MARK: &str = "/proc/sys/net/ipv4/conf/all/src_valid_mark";
 
@@ -32,8 +37,6 @@ pub struct HostOptions {
     pub fwmark: u32,
     pub fwmark_mask: u32,
     pub table: u32,
-    /// Where the host's own resolver configuration is kept meanwhile.
-    pub state_dir: PathBuf,
     pub resolv_conf: PathBuf,
 }
 
@@ -44,7 +47,6 @@ impl Default for HostOptions {
             fwmark: 0x80000,
             fwmark_mask: 0xff_0000,
             table: 52,
-            state_dir: PathBuf::from("/var/lib/lacis"),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
         }
     }
@@ -99,6 +101,8 @@ pub struct Host {
     resolver: OsResolver,
     device: String,
     applied: Option<HostState>,
+    /// What it lacks, without its resolver.
+    missing: Vec<String>,
     /// What the resolver was told, with success.
     told: Option<OsDns>,
     /// The firewall is not as it should be, and that was said where it is of no great harm.
@@ -123,6 +127,7 @@ impl Host {
             firewall,
             resolver,
             applied: None,
+            missing: Vec::new(),
             told: None,
             said_unguarded: false,
             set_valid_mark: false,
@@ -136,9 +141,7 @@ impl Host {
     pub async fn apply(&mut self, state: &HostState) -> Result<Report, HostError> {
         let mut report = self.network.apply(&state.addresses, &state.routes).await?;
         self.guard(state, &mut report).await;
-        if let Err(error) = self.tell_resolver(state.dns.as_ref()).await {
-            report.warnings.push(not_resolving(&error));
-        }
+        self.follow_resolver(state.dns.as_ref(), &mut report).await;
         self.applied = Some(state.clone());
         Ok(report)
     }
@@ -166,7 +169,7 @@ impl Host {
         if marks_kept && !self.set_valid_mark {
             self.set_valid_mark = set_valid_mark();
         }
-        report.missing = self.missing(state, marks_kept).await;
+        self.missing = self.missing(state, marks_kept).await;
     }
 
     /// What the host lacks, in words.
@@ -193,9 +196,24 @@ impl Host {
         missing
     }
 
-    async fn tell_resolver(&mut self, dns: Option<&OsDns>) -> Result<(), String> {
+    /// Sets the host's resolver, or repairs it where it was set so.
+    async fn follow_resolver(&mut self, dns: Option<&OsDns>, report: &mut Report) {
+        if let Err(error) = self.set_resolver(dns).await {
+            report.warnings.push(format!("this host's resolver is not set up for the mesh: {error}"));
+        }
+        let complaint = dns.and_then(|_| self.resolver.complaint());
+        report.missing = self.missing.iter().cloned().chain(complaint).collect();
+    }
+
+    async fn set_resolver(&mut self, dns: Option<&OsDns>) -> Result<(), String> {
         if self.told.as_ref() == dns {
-            return Ok(());
+            let Some(dns) = dns else { return Ok(()) };
+            let repaired = self.resolver.repair(dns).await;
+            if repaired.is_err() {
+                // What is there is not known any more: the next attempt sets it again.
+                self.told = Some(OsDns::default());
+            }
+            return repaired.map_err(|error| error.to_string());
         }
         let index = self.network.index().await.map_err(|error| error.to_string())?;
         // Until it is done, what is there is neither the old nor the new.
@@ -224,19 +242,33 @@ impl Host {
                 "another program had changed addresses, routes, rules or the firewall"
             );
         }
-        if let Some(dns) = &state.dns
-            && let Err(error) = self.resolver.repair(dns).await
-        {
-            // What is there is not known any more: the next attempt sets it again.
-            self.told = Some(OsDns::default());
-            report.warnings.push(not_resolving(&error.to_string()));
+        self.follow_resolver(state.dns.as_ref(), &mut report).await;
+        report
+    }
+
+    /// Follows a change of the files that say whom programs of this host ask, and only that.
+    pub async fn repair_resolver(&mut self) -> Report {
+        let mut report = Report::default();
+        if let Some(state) = self.applied.clone() {
+            self.follow_resolver(state.dns.as_ref(), &mut report).await;
         }
         report
+    }
+
+    /// Notices such changes from now on.
+    pub(crate) fn watch_resolver(&self) -> FileWatch {
+        FileWatch::new(&self.resolver.files())
+    }
+
+    /// When the resolver is to be looked at again without any change.
+    pub(crate) fn resolver_due(&self) -> Option<Instant> {
+        self.applied.as_ref().and_then(|_| self.resolver.due())
     }
 
     /// Undoes everything. Goes on whatever fails: there is nobody left to ask.
     pub async fn revert(&mut self) {
         self.applied = None;
+        self.missing.clear();
         self.told = None;
         if let Err(error) = self.resolver.revert().await {
             tracing::warn!(%error, "this host's resolver is not as it was");
@@ -254,10 +286,6 @@ impl Host {
     pub fn base_resolvers(&self) -> Vec<SocketAddr> {
         self.resolver.base_resolvers()
     }
-}
-
-fn not_resolving(error: &str) -> String {
-    format!("this host's resolver is not set up for the mesh: {error}")
 }
 
 /// Lets reverse-path filters see marks. Returns whether it was this that did it.

@@ -2,15 +2,18 @@
 //!
 //! Netlink and D-Bus take their time; the engine does not wait for them.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 
-use crate::host::{Host, HostState};
+use crate::host::{FileWatch, Host, HostState};
 
 /// How often it is looked whether other programs have changed what is ours.
 const REPAIR: Duration = Duration::from_secs(10);
+/// Nothing makes this task look at the resolver again sooner.
+const MIN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the engine hears.
 #[derive(Debug)]
@@ -32,7 +35,7 @@ pub(crate) enum HostNews {
 pub(crate) struct HostTask {
     wish: watch::Sender<Option<HostState>>,
     tried: watch::Receiver<bool>,
-    base: watch::Receiver<Vec<std::net::SocketAddr>>,
+    base: watch::Receiver<Vec<SocketAddr>>,
 }
 
 impl HostTask {
@@ -59,7 +62,7 @@ impl HostTask {
         self.tried.clone()
     }
 
-    pub(crate) fn base_resolvers(&self) -> Vec<std::net::SocketAddr> {
+    pub(crate) fn base_resolvers(&self) -> Vec<SocketAddr> {
         self.base.borrow().clone()
     }
 }
@@ -67,7 +70,7 @@ impl HostTask {
 async fn run(
     mut host: Host,
     mut wishes: watch::Receiver<Option<HostState>>,
-    base: watch::Sender<Vec<std::net::SocketAddr>>,
+    base: watch::Sender<Vec<SocketAddr>>,
     tried: watch::Sender<bool>,
     news: mpsc::Sender<HostNews>,
 ) {
@@ -76,21 +79,31 @@ async fn run(
     // Something did not work: it may at the next try.
     let mut again = false;
     let mut missing = Vec::new();
+    // Before the first look at what the host has, so that nothing falls in between.
+    let mut files = host.watch_resolver();
     loop {
-        tokio::select! {
-            changed = wishes.changed() => if changed.is_err() { break },
-            _ = repair.tick() => if !again {
-                let report = host.repair().await;
-                if !report.warnings.is_empty() {
-                    again = true;
-                    let _ = news.send(HostNews::Applied { warnings: report.warnings }).await;
-                }
-                if report.missing != missing {
-                    missing = report.missing;
-                    let _ = news.send(HostNews::Missing(missing.clone())).await;
-                }
-                continue;
+        let due = host.resolver_due();
+        let repair = tokio::select! {
+            changed = wishes.changed() => if changed.is_err() { break } else { None },
+            _ = repair.tick() => Some(Part::All),
+            () = resolver_changed(&mut files, due) => Some(Part::Resolver),
+        };
+        files = host.watch_resolver();
+        if let Some(part) = repair.filter(|part| !again || matches!(part, Part::Resolver)) {
+            let report = match part {
+                Part::All => host.repair().await,
+                Part::Resolver => host.repair_resolver().await,
+            };
+            follow_base(&host, &base, &news).await;
+            if !report.warnings.is_empty() {
+                again = true;
+                let _ = news.send(HostNews::Applied { warnings: report.warnings }).await;
             }
+            if report.missing != missing {
+                missing = report.missing;
+                let _ = news.send(HostNews::Missing(missing.clone())).await;
+            }
+            continue;
         }
         let wish = wishes.borrow_and_update().clone();
         let before = missing.clone();
@@ -113,20 +126,44 @@ async fn run(
             other => matches!(other, HostNews::Failed(_)),
         };
         tried.send_if_modified(|tried| !std::mem::replace(tried, true));
-        let resolvers = host.base_resolvers();
-        let changed = base.send_if_modified(|old| {
-            let changed = *old != resolvers;
-            *old = resolvers;
-            changed
-        });
         // The engine may be stopping: nobody needs to hear.
         let _ = news.send(heard).await;
         if missing != before {
             let _ = news.send(HostNews::Missing(missing.clone())).await;
         }
-        if changed {
-            let _ = news.send(HostNews::BaseResolvers).await;
-        }
+        follow_base(&host, &base, &news).await;
     }
     host.revert().await;
+}
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    All,
+    Resolver,
+}
+
+/// Waits until it is time to look at the host's resolver again.
+async fn resolver_changed(files: &mut FileWatch, due: Option<std::time::Instant>) {
+    let earliest = Instant::now() + MIN_PAUSE;
+    let due = async {
+        match due {
+            Some(due) => sleep_until(Instant::from_std(due).max(earliest)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! { () = files.changed() => {}, () = due => {} }
+}
+
+/// The resolvers that the host has without us are others now: questions go to them at once.
+async fn follow_base(host: &Host, base: &watch::Sender<Vec<SocketAddr>>, news: &mpsc::Sender<HostNews>) {
+    let resolvers = host.base_resolvers();
+    let changed = base.send_if_modified(|old| {
+        let changed = *old != resolvers;
+        *old = resolvers;
+        changed
+    });
+    if changed {
+        let _ = news.send(HostNews::BaseResolvers).await;
+    }
 }

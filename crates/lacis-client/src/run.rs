@@ -64,7 +64,6 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         tun_name: options.tun.clone(),
         fwmark: FWMARK,
         table: TABLE,
-        state_dir: options.state_dir.clone(),
         ..HostOptions::default()
     })
     .await?;

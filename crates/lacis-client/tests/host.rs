@@ -83,11 +83,7 @@ fn wish() -> HostState {
 }
 
 async fn host(dir: &std::path::Path) -> Host {
-    let options = HostOptions {
-        state_dir: dir.to_owned(),
-        resolv_conf: dir.join("resolv.conf"),
-        ..HostOptions::default()
-    };
+    let options = HostOptions { resolv_conf: dir.join("resolv.conf"), ..HostOptions::default() };
     Host::new(options).await.expect("netlink")
 }
 
@@ -255,9 +251,8 @@ async fn in_a_read_only_etc_resolv_conf_is_written_in_place_while_that_is_allowe
     }
     device();
     let dir = tempfile::tempdir().expect("a folder");
-    let (etc, state) = (dir.path().join("etc"), dir.path().join("state"));
+    let etc = dir.path().join("etc");
     std::fs::create_dir(&etc).expect("a folder");
-    std::fs::create_dir(&state).expect("a folder");
     let file = etc.join("resolv.conf");
     let before = "nameserver 192.0.2.1\nsearch home.example\n";
     std::fs::write(&file, before).expect("a file");
@@ -267,7 +262,7 @@ async fn in_a_read_only_etc_resolv_conf_is_written_in_place_while_that_is_allowe
     done(&format!("mount -o remount,bind,ro {folder}"));
     assert!(std::fs::write(etc.join("passwd"), "").is_err());
 
-    let options = HostOptions { state_dir: state, resolv_conf: file.clone(), ..HostOptions::default() };
+    let options = HostOptions { resolv_conf: file.clone(), ..HostOptions::default() };
     let mut host = Host::new(options).await.expect("netlink");
     let dns = lacis_dns::OsDns {
         servers: vec![lacis_dns::QUAD100_V4.into()],

@@ -1,127 +1,189 @@
-//! `/etc/resolv.conf` written by ourselves, where no other program owns it. The file that was there is kept in the
-//! state directory and put back, after a crash at the next start.
+//! `/etc/resolv.conf` written by ourselves, where no other program gives the host its names. The file that was there is
+//! kept inside ours ([`super::resolv_conf`]) and put back, after a crash at the next start.
 //!
 //! Under systemd this file is all that the daemon may write in `/etc` (`ReadWritePaths=` in its unit, which mounts the
 //! file on itself): then it is not replaced but written in place, and a link is followed. When another program replaces
 //! the file, the mount is gone with it, and so is the right to write, until the unit is started again.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use lacis_dns::{OsDns, QUAD100_V4, QUAD100_V6};
+use lacis_dns::OsDns;
 
+use super::repairs::Repairs;
+use super::resolv_conf::{self, Before, Ours};
 use super::resolver::ResolverError;
 
-/// By this line we know our own file again.
-const MARKER: &str = "# Written by lacisd. The file that was here before is put back when it stops.";
-const BACKUP: &str = "resolv.conf.before";
-/// Where the file was a link, a link with the same target.
-const LINK: &str = "resolv.conf.link-before";
 const MODE: u32 = 0o644;
-const DNS_PORT: u16 = 53;
-/// The C library reads no more.
-const MOST_SERVERS: usize = 3;
 /// What to do when the daemon may not write the file.
 const READ_ONLY: &str = "the service may write only the file that was there when it was started: `systemctl restart lacisd` after another program has replaced it, or let systemd-resolved or resolvconf manage it";
-/// Another program that insists is left alone after so many times.
-const MOST_REPAIRS: u32 = 10;
+const NOT_OURS: &str = "it is immutable (`lsattr` shows it, `chattr -i` ends it) or another user's; or let systemd-resolved manage it (`ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf`)";
 
 #[derive(Debug)]
 pub(super) struct Direct {
     path: PathBuf,
-    backup: PathBuf,
-    link: PathBuf,
-    repairs: u32,
+    /// Our text as it was written last.
+    written: Vec<u8>,
+    repairs: Repairs,
+    /// Who wrote over ours last, in words.
+    writer: String,
+}
+
+/// What there is.
+#[derive(Debug)]
+struct Found {
+    text: Option<Vec<u8>>,
+    is_link: bool,
+    is_ours: bool,
+    before: Before,
 }
 
 impl Direct {
-    pub(super) fn new(path: &Path, state_dir: &Path) -> Self {
-        let (backup, link) = (state_dir.join(BACKUP), state_dir.join(LINK));
-        Self { path: path.to_owned(), backup, link, repairs: 0 }
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            written: Vec::new(),
+            repairs: Repairs::default(),
+            writer: String::new(),
+        }
     }
 
-    fn is_ours(&self) -> bool {
-        fs::read_to_string(&self.path).is_ok_and(|text| text.starts_with(MARKER))
+    fn look(&self) -> Result<Found, ResolverError> {
+        let link = fs::read_link(&self.path).ok();
+        let is_link = link.is_some();
+        let text = match fs::read(&self.path) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(failed("reading", &self.path)(error)),
+        };
+        let (is_ours, before) = match text.as_deref().and_then(Before::inside) {
+            Some(Ours::Complete(before)) => (true, before),
+            Some(Ours::Incomplete) => return Err(ResolverError::Incomplete(self.path.clone())),
+            None => (false, Before { text: text.clone().filter(|_| !is_link), link }),
+        };
+        Ok(Found { text, is_link, is_ours, before })
     }
 
     /// Puts back what a daemon that crashed left.
-    pub(super) fn recover(&self) {
-        if self.is_ours() {
-            tracing::info!("resolv.conf is put back: an earlier lacisd could not");
-            if let Err(error) = self.revert() {
-                tracing::warn!(%error, "resolv.conf is not as it was");
+    pub(super) fn recover(&mut self) {
+        match self.look() {
+            Ok(found) if found.is_ours => {
+                tracing::info!("resolv.conf is put back: an earlier lacisd could not");
+                if let Err(error) = self.revert() {
+                    tracing::warn!(%error, "resolv.conf is not as it was");
+                }
             }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "resolv.conf is left as it is"),
         }
     }
 
     pub(super) fn set(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
-        if !self.is_ours() {
-            let failed =
-                |source| ResolverError::File { doing: format!("keeping {}", self.path.display()), source };
-            remove(&self.link).map_err(failed)?;
-            if let Ok(target) = fs::read_link(&self.path) {
-                symlink(target, &self.link).map_err(failed)?;
-            }
-            match fs::read(&self.path) {
-                Ok(text) => fs::write(&self.backup, text).map_err(failed)?,
-                // There was none: reverting removes ours.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    remove(&self.backup).map_err(failed)?;
-                }
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        self.write(self.text(dns).as_bytes())
+        let found = self.look()?;
+        self.put(dns, found)
     }
 
-    /// The host cannot tell names apart: all go to the first servers, and from there on.
-    fn text(&self, dns: &OsDns) -> String {
-        let base = fs::read_to_string(&self.backup).unwrap_or_default();
-        let base = resolv_conf::Config::parse(&base).ok();
-        let mut text = format!("{MARKER}\n");
-        for server in dns.servers.iter().take(MOST_SERVERS) {
-            let _ = writeln!(text, "nameserver {server}");
-        }
-        let mut search = dns.search.clone();
-        if let Some(own) =
-            base.as_ref().and_then(|base| base.get_last_search_or_domain().next().map(|_| base))
-        {
-            for domain in own.get_last_search_or_domain() {
-                if !search.iter().any(|known| known == domain) {
-                    search.push(domain.to_owned());
-                }
-            }
-        }
-        if !search.is_empty() {
-            let _ = writeln!(text, "search {}", search.join(" "));
-        }
-        text
+    fn text(&self, dns: &OsDns, before: &Before) -> Vec<u8> {
+        resolv_conf::ours(dns, before, &before.in_force(&self.path))
     }
 
-    pub(super) fn revert(&self) -> Result<(), ResolverError> {
-        if !self.is_ours() {
+    fn put(&mut self, dns: &OsDns, found: Found) -> Result<(), ResolverError> {
+        let mut ours = self.text(dns, &found.before);
+        if found.text.as_ref() == Some(&ours) {
+            self.written = ours;
+            self.repairs.stands();
             return Ok(());
         }
-        let failed = |doing: &str, path: &Path| {
-            let doing = format!("{doing} {}", path.display());
-            move |source| ResolverError::File { doing, source }
-        };
-        let was_link = fs::read_link(&self.link).is_ok_and(|target| self.relink(&target).is_ok());
-        if !was_link {
-            match fs::read(&self.backup) {
-                Ok(text) => self.write(&text)?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    remove(&self.path).map_err(failed("removing", &self.path))?;
+        // What is ours behind a link was written through it.
+        let replaced = !(found.is_link && found.is_ours) && self.replace(&ours).is_ok();
+        if !replaced {
+            if found.is_link && !found.is_ours {
+                // The link stays.
+                ours = self.text(dns, &Before { link: None, text: found.text });
+            }
+            write_in_place(&self.path, &ours).map_err(|error| self.not_written(error))?;
+        }
+        self.written = ours;
+        self.repairs.wrote(Instant::now());
+        Ok(())
+    }
+
+    pub(super) fn revert(&mut self) -> Result<(), ResolverError> {
+        let found = self.look()?;
+        self.written.clear();
+        self.repairs = Repairs::default();
+        if !found.is_ours {
+            return Ok(());
+        }
+        match (&found.before.link, found.before.text) {
+            (Some(target), _) => self.relink(target).map_err(|error| self.not_written(error)),
+            (None, Some(text)) => {
+                // What is ours behind a link was written through it.
+                let replaced = !found.is_link && self.replace(&text).is_ok();
+                let written = if replaced { Ok(()) } else { write_in_place(&self.path, &text) };
+                written.map_err(|error| self.not_written(error))
+            }
+            (None, None) => {
+                // Behind a link it is the target that was not there.
+                let file = fs::canonicalize(&self.path).map_err(failed("reading", &self.path))?;
+                match remove(&file) {
+                    // The folder cannot be written.
+                    Err(_) => write_in_place(&file, b"").map_err(|error| self.not_written(error)),
+                    Ok(()) => Ok(()),
                 }
-                Err(error) => return Err(failed("reading", &self.backup)(error)),
             }
         }
-        remove(&self.link).map_err(failed("removing", &self.link))?;
-        remove(&self.backup).map_err(failed("removing", &self.backup))
+    }
+
+    /// Writes it again if another program has, or if what is in force below ours is something else now.
+    pub(super) fn repair(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
+        let found = self.look()?;
+        let now = Instant::now();
+        let intact = found.text.as_ref() == Some(&self.written);
+        if !intact {
+            self.writer = writer(&found);
+            if !self.repairs.is_due(now) {
+                return Ok(());
+            }
+            tracing::info!(path = %self.path.display(), "{} has written over it; writing it again", self.writer);
+        }
+        self.put(dns, found)
+    }
+
+    /// When to look at the file again, whatever happens to it.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.repairs.due()
+    }
+
+    /// What the user should know of other programs.
+    pub(super) fn complaint(&self) -> Option<String> {
+        self.repairs.insists(Instant::now()).then(|| {
+            let path = self.path.display();
+            format!(
+                "{} keeps writing over {path}: names of the mesh resolve only now and then. Let it leave the file alone, or let systemd-resolved or resolvconf manage it",
+                self.writer
+            )
+        })
+    }
+
+    /// The text that the host goes by without us.
+    pub(super) fn in_force(&self) -> String {
+        self.look().map(|found| found.before.in_force(&self.path)).unwrap_or_default()
+    }
+
+    /// The servers that the host has without us.
+    pub(super) fn base_resolvers(&self) -> Vec<SocketAddr> {
+        resolv_conf::servers(&self.in_force())
+    }
+
+    /// The files that decide.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let before = self.look().map(|found| found.before).unwrap_or_default();
+        std::iter::once(self.path.clone()).chain(before.target(&self.path)).collect()
     }
 
     /// Makes the file the link again that it was.
@@ -137,48 +199,40 @@ impl Direct {
         self.path.with_extension("conf.lacis")
     }
 
-    pub(super) fn repair(&mut self, dns: &OsDns) -> Result<(), ResolverError> {
-        if self.is_ours() || self.repairs >= MOST_REPAIRS {
-            return Ok(());
-        }
-        self.repairs += 1;
-        tracing::warn!(path = %self.path.display(), "another program has written over resolv.conf; writing it again");
-        self.set(dns)
-    }
-
-    /// Whole and at once; in place where the file is a mount of its own, as in containers and under systemd.
-    fn write(&self, text: &[u8]) -> Result<(), ResolverError> {
+    /// Whole and at once; not where the file is a mount of its own, as in containers and under systemd.
+    fn replace(&self, text: &[u8]) -> io::Result<()> {
         let new = self.new_file();
-        let replaced = fs::write(&new, text)
+        let replaced = fs::File::create(&new)
+            .and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()))
             .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(MODE)))
             .and_then(|()| fs::rename(&new, &self.path));
-        let written = replaced.or_else(|_| {
-            // What is left of the first way.
-            let _ = fs::remove_file(&new);
-            write_in_place(&self.path, text)
-        });
-        written.map_err(|source| {
-            let path = self.path.display();
-            let doing = match source.kind() {
-                io::ErrorKind::ReadOnlyFilesystem => format!("writing {path} ({READ_ONLY})"),
-                _ => format!("writing {path}"),
-            };
-            ResolverError::File { doing, source }
-        })
+        replaced.inspect_err(|_| drop(fs::remove_file(&new)))
     }
 
-    /// The servers of the file that was there before.
-    pub(super) fn base_resolvers(&self) -> Vec<SocketAddr> {
-        let path = if self.is_ours() { &self.backup } else { &self.path };
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let servers = resolv_conf::Config::parse(&text).map(|config| config.nameservers).unwrap_or_default();
-        let own = |ip: &IpAddr| *ip == IpAddr::V4(QUAD100_V4) || *ip == IpAddr::V6(QUAD100_V6);
-        servers
-            .into_iter()
-            .map(IpAddr::from)
-            .filter(|ip| !own(ip))
-            .map(|ip| SocketAddr::new(ip, DNS_PORT))
-            .collect()
+    fn not_written(&self, source: io::Error) -> ResolverError {
+        let path = self.path.display();
+        let doing = match source.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => format!("writing {path} ({READ_ONLY})"),
+            io::ErrorKind::PermissionDenied => format!("writing {path} ({NOT_OURS})"),
+            _ => format!("writing {path}"),
+        };
+        ResolverError::File { doing, source }
+    }
+}
+
+fn failed(doing: &str, path: &Path) -> impl FnOnce(io::Error) -> ResolverError {
+    let doing = format!("{doing} {}", path.display());
+    move |source| ResolverError::File { doing, source }
+}
+
+/// Who has written what is there now.
+fn writer(found: &Found) -> String {
+    let text = found.text.as_deref().map(String::from_utf8_lossy);
+    match text.as_deref().and_then(resolv_conf::written_by) {
+        _ if found.text.is_none() => "another program, which removes it,".to_owned(),
+        _ if found.is_ours => "another program, which changes lines of ours,".to_owned(),
+        Some(said) => format!("another program (its file begins with {said:?})"),
+        None => "another program, which empties it,".to_owned(),
     }
 }
 
@@ -186,7 +240,8 @@ impl Direct {
 fn write_in_place(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(MODE).open(path)?;
     file.write_all(text)?;
-    file.set_len(text.len() as u64)
+    file.set_len(text.len() as u64)?;
+    file.sync_all()
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -199,6 +254,9 @@ fn remove(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lacis_dns::QUAD100_V4;
+
+    const THEIRS: &str = "# mine\nnameserver 192.0.2.1\nsearch home.example\n";
 
     fn dns() -> OsDns {
         OsDns {
@@ -208,100 +266,167 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_file_is_replaced_and_put_back_even_after_a_crash() {
+    fn server(text: &str) -> Vec<SocketAddr> {
+        vec![format!("{text}:53").parse().unwrap()]
+    }
+
+    /// A folder with a `resolv.conf` of these words.
+    fn folder(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("resolv.conf");
-        let before = "# mine\nnameserver 192.0.2.1\nsearch home.example\n";
-        fs::write(&path, before).unwrap();
-        let mut direct = Direct::new(&path, dir.path());
+        fs::write(&path, text).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn the_file_is_replaced_and_put_back_even_after_a_crash() {
+        let (_dir, path) = folder(THEIRS);
+        let mut direct = Direct::new(&path);
         direct.set(&dns()).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains("nameserver 100.100.100.100\nsearch lab.example home.example\n"), "{text}");
-        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        assert_eq!(direct.base_resolvers(), server("192.0.2.1"));
         direct.set(&dns()).unwrap();
-        // Here it crashes, and another one starts.
-        let again = Direct::new(&path, dir.path());
+        // Here it crashes, and another one starts, which knows nothing but the file.
+        let mut again = Direct::new(&path);
+        assert_eq!(again.base_resolvers(), server("192.0.2.1"));
         again.recover();
-        assert_eq!(fs::read_to_string(&path).unwrap(), before);
-        assert_eq!(again.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), THEIRS);
         again.revert().unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), before, "reverting twice does nothing");
+        assert_eq!(fs::read_to_string(&path).unwrap(), THEIRS, "reverting twice does nothing");
+    }
+
+    #[test]
+    fn a_file_of_ours_without_what_was_there_before_is_not_removed() {
+        let (_dir, path) = folder("# Written by lacisd. Cut off\nnameserver 100.100.100.100\n");
+        let before = fs::read(&path).unwrap();
+        let mut direct = Direct::new(&path);
+        direct.recover();
+        let error = direct.revert().unwrap_err().to_string();
+        assert!(error.contains("resolv.conf"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), before);
+        assert!(direct.base_resolvers().is_empty());
+        let error = direct.set(&dns()).unwrap_err().to_string();
+        assert!(error.contains("nameserver"), "{error}");
     }
 
     #[test]
     fn where_there_was_no_file_there_is_none_afterwards() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("resolv.conf");
-        let mut direct = Direct::new(&path, dir.path());
+        let (_dir, path) = folder("");
+        fs::remove_file(&path).unwrap();
+        let mut direct = Direct::new(&path);
         direct.set(&dns()).unwrap();
         assert!(path.exists());
-        direct.revert().unwrap();
+        Direct::new(&path).recover();
         assert!(!path.exists());
     }
 
     #[test]
-    fn a_link_is_a_link_again_afterwards() {
-        let dir = tempfile::tempdir().unwrap();
-        let (path, target) = (dir.path().join("resolv.conf"), dir.path().join("theirs"));
+    fn a_link_is_a_link_again_afterwards_and_its_target_counts_meanwhile() {
+        let (dir, path) = folder("");
+        let target = dir.path().join("theirs");
         fs::write(&target, "nameserver 192.0.2.1\n").unwrap();
+        fs::remove_file(&path).unwrap();
         symlink("theirs", &path).unwrap();
-        let mut direct = Direct::new(&path, dir.path());
+        let mut direct = Direct::new(&path);
         direct.set(&dns()).unwrap();
-        assert!(direct.is_ours());
+        assert!(direct.look().unwrap().is_ours && !path.is_symlink());
         assert_eq!(fs::read_to_string(&target).unwrap(), "nameserver 192.0.2.1\n", "theirs is not written");
-        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
+        assert_eq!(direct.base_resolvers(), server("192.0.2.1"));
+        assert_eq!(direct.files(), [path.clone(), target.clone()]);
+        // Its owner goes on writing it.
+        fs::write(&target, "nameserver 192.0.2.2\noptions timeout:1\n").unwrap();
+        assert_eq!(direct.base_resolvers(), server("192.0.2.2"));
+        direct.repair(&dns()).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().contains("options timeout:1\n"));
+        assert!(direct.due().is_none() && direct.complaint().is_none(), "that is no fight");
         direct.revert().unwrap();
         assert_eq!(fs::read_link(&path).unwrap(), Path::new("theirs"));
-        assert!(!direct.link.exists() && !direct.backup.exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
     }
 
     /// A place where no file can be made beside `resolv.conf`, so that it cannot be replaced.
-    fn without_replacing(dir: &Path) -> Direct {
-        let direct = Direct::new(&dir.join("resolv.conf"), dir);
+    fn without_replacing(path: &Path) -> Direct {
+        let direct = Direct::new(path);
         fs::create_dir_all(direct.new_file().join("in-the-way")).unwrap();
         direct
     }
 
     #[test]
     fn a_file_that_cannot_be_replaced_is_written_in_place_and_put_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("resolv.conf");
         let before = format!("# {}\nnameserver 192.0.2.1\n", "mine ".repeat(100));
-        fs::write(&path, &before).unwrap();
-        let mut direct = without_replacing(dir.path());
+        let (_dir, path) = folder(&before);
+        let mut direct = without_replacing(&path);
         let open = fs::File::open(&path).unwrap();
         direct.set(&dns()).unwrap();
         let text = io::read_to_string(&open).unwrap();
-        assert!(text.starts_with(MARKER) && text.ends_with("search lab.example\n"), "{text}");
-        assert_eq!(direct.base_resolvers(), ["192.0.2.1:53".parse().unwrap()]);
-        Direct::new(&path, dir.path()).recover();
+        assert!(text.contains("nameserver 100.100.100.100\nsearch lab.example\n"), "{text}");
+        assert_eq!(direct.base_resolvers(), server("192.0.2.1"));
+        Direct::new(&path).recover();
         assert_eq!(fs::read_to_string(&path).unwrap(), before);
     }
 
     #[test]
     fn a_link_that_cannot_be_replaced_is_followed_and_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let (path, target) = (dir.path().join("resolv.conf"), dir.path().join("theirs"));
-        fs::write(&target, "nameserver 192.0.2.1\n").unwrap();
+        let (dir, path) = folder("");
+        let target = dir.path().join("theirs");
+        fs::remove_file(&path).unwrap();
         symlink("theirs", &path).unwrap();
-        let mut direct = without_replacing(dir.path());
-        direct.set(&dns()).unwrap();
-        assert!(fs::read_to_string(&target).unwrap().starts_with(MARKER));
-        direct.revert().unwrap();
-        assert_eq!(fs::read_to_string(&target).unwrap(), "nameserver 192.0.2.1\n");
-        assert_eq!(fs::read_link(&path).unwrap(), Path::new("theirs"));
+        for before in [Some("nameserver 192.0.2.1\n"), None] {
+            let _ = fs::remove_file(&target);
+            if let Some(text) = before {
+                fs::write(&target, text).unwrap();
+            }
+            let mut direct = without_replacing(&path);
+            direct.set(&dns()).unwrap();
+            assert!(fs::read_to_string(&target).unwrap().contains("100.100.100.100"));
+            fs::remove_dir_all(direct.new_file()).unwrap();
+            let mut again = Direct::new(&path);
+            again.set(&OsDns::default()).unwrap();
+            assert!(path.is_symlink(), "also where it could be replaced now");
+            again.revert().unwrap();
+            assert_eq!(fs::read_to_string(&target).ok().as_deref(), before);
+            assert_eq!(fs::read_link(&path).unwrap(), Path::new("theirs"));
+        }
     }
 
     #[test]
-    fn what_another_program_wrote_is_kept_and_ours_comes_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("resolv.conf");
-        let mut direct = Direct::new(&path, dir.path());
+    fn what_another_program_wrote_counts_at_once_and_ours_comes_back() {
+        let (dir, path) = folder(THEIRS);
+        let mut direct = Direct::new(&path);
         direct.set(&dns()).unwrap();
+        // In place, as a shell does, and by another file in its place, as NetworkManager and dhclient do.
         fs::write(&path, "nameserver 192.0.2.7\n").unwrap();
+        assert_eq!(direct.base_resolvers(), server("192.0.2.7"));
         direct.repair(&dns()).unwrap();
-        assert!(direct.is_ours());
-        assert_eq!(direct.base_resolvers(), ["192.0.2.7:53".parse().unwrap()]);
+        assert!(direct.look().unwrap().is_ours);
+        let new = dir.path().join("new");
+        fs::write(&new, "# Generated by NetworkManager\nnameserver 192.0.2.8\n").unwrap();
+        fs::rename(&new, &path).unwrap();
+        direct.repair(&dns()).unwrap();
+        assert_eq!(direct.base_resolvers(), server("192.0.2.8"));
+        direct.revert().unwrap();
+        assert!(fs::read_to_string(&path).unwrap().starts_with("# Generated by NetworkManager"));
+    }
+
+    #[test]
+    fn a_program_that_keeps_writing_is_named_and_its_servers_count_meanwhile() {
+        let (_dir, path) = folder(THEIRS);
+        let mut direct = Direct::new(&path);
+        direct.set(&dns()).unwrap();
+        for round in 1..=20 {
+            fs::write(&path, format!("# Generated by NetworkManager\nnameserver 192.0.2.{round}\n")).unwrap();
+            direct.repair(&dns()).unwrap();
+            assert_eq!(direct.base_resolvers(), server(&format!("192.0.2.{round}")));
+            // As if the pause was over.
+            if direct.due().is_some() {
+                direct.set(&dns()).unwrap();
+            }
+            assert!(direct.look().unwrap().is_ours);
+        }
+        let complaint = direct.complaint().unwrap();
+        assert!(complaint.contains("Generated by NetworkManager"), "{complaint}");
+        direct.revert().unwrap();
+        assert!(direct.complaint().is_none());
     }
 }

@@ -2,18 +2,24 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lacis_dns::OsDns;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use super::repairs::Repairs;
+use super::resolv_conf;
 use super::resolver::{ResolverError, in_path};
 
 /// It runs hooks of other programs, which may restart theirs.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Where the records are: Debian's, those of openresolv since 3.14, and before.
+const RECORDS: [&str; 3] =
+    ["/run/resolvconf/interface", "/run/resolvconf/keys", "/run/resolvconf/interfaces"];
 
 #[derive(Debug)]
 pub(super) struct Resolvconf {
@@ -23,6 +29,8 @@ pub(super) struct Resolvconf {
     set: bool,
     /// The servers that the host had before our record, which alone counts while it is there.
     before: Vec<SocketAddr>,
+    records: [PathBuf; 3],
+    repairs: Repairs,
 }
 
 impl Resolvconf {
@@ -31,9 +39,15 @@ impl Resolvconf {
             return None;
         }
         let version = std::process::Command::new("resolvconf").arg("--version").stdin(Stdio::null()).output();
-        let openresolv = version.is_ok_and(|output| output.stdout.starts_with(b"openresolv"));
+        let version = version.map(|output| output.stdout).unwrap_or_default();
+        if version.starts_with(b"systemd") {
+            // Another name of resolvectl, which knows devices and no records.
+            return None;
+        }
+        let openresolv = version.starts_with(b"openresolv");
         let record = if openresolv { tun_name.to_owned() } else { format!("tun-{tun_name}.inet") };
-        Some(Self { openresolv, record, set: false, before: Vec::new() })
+        let (records, repairs) = (RECORDS.map(PathBuf::from), Repairs::default());
+        Some(Self { openresolv, record, set: false, before: Vec::new(), records, repairs })
     }
 
     /// Removes the record that a daemon that crashed left.
@@ -44,9 +58,35 @@ impl Resolvconf {
         }
     }
 
-    /// The servers of the host without us, given those that its configuration names now.
+    /// Where the records are.
+    pub(super) fn records(&self) -> Option<&Path> {
+        self.records.iter().map(PathBuf::as_path).find(|folder| folder.is_dir())
+    }
+
+    /// The servers of the host without us: those of other programs' records, also of those that ours outdoes; or else of
+    /// its file, given those that this names now.
     pub(super) fn base_resolvers(&self, now: Vec<SocketAddr>) -> Vec<SocketAddr> {
+        let others = self.other_records();
+        if !others.is_empty() {
+            return others;
+        }
         if self.set && now.is_empty() { self.before.clone() } else { now }
+    }
+
+    fn other_records(&self) -> Vec<SocketAddr> {
+        let entries = self.records().and_then(|folder| std::fs::read_dir(folder).ok());
+        let mut files: Vec<PathBuf> =
+            entries.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        files.retain(|file| file.file_name().is_some_and(|name| name != self.record.as_str()));
+        files.sort();
+        let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
+        let mut servers = Vec::new();
+        for server in texts.flat_map(|text| resolv_conf::servers(&text)) {
+            if !servers.contains(&server) {
+                servers.push(server);
+            }
+        }
+        servers
     }
 
     /// `now`: the servers that the host's configuration names.
@@ -61,10 +101,45 @@ impl Resolvconf {
         if !dns.search.is_empty() {
             let _ = writeln!(text, "search {}", dns.search.join(" "));
         }
-        let arguments: &[&str] = if self.openresolv { &["-m", "0", "-x", "-a"] } else { &["-a"] };
+        let arguments: &[&str] = match (self.openresolv, dns.servers.is_empty()) {
+            (true, false) => &["-m", "0", "-x", "-a"],
+            (true, true) => &["-m", "0", "-a"],
+            (false, _) => &["-a"],
+        };
         // Said before it is done: a record that was made and not answered for is removed all the same.
         self.set = true;
+        self.repairs.wrote(Instant::now());
         run(arguments, &self.record, &text).await
+    }
+
+    /// Makes the record again where the host's file, which is of this text, does not go by it.
+    pub(super) async fn repair(&mut self, dns: &OsDns, file: &str) -> Result<(), ResolverError> {
+        // A resolver of the host itself is given our servers by a hook.
+        let goes_by_it = |ip: std::net::IpAddr| dns.servers.contains(&ip) || ip.is_loopback();
+        if dns.servers.is_empty() || resolv_conf::first_server(file).is_some_and(goes_by_it) {
+            self.repairs.stands();
+            return Ok(());
+        }
+        if !self.repairs.is_due(Instant::now()) {
+            return Ok(());
+        }
+        tracing::info!(record = %self.record, "the host's resolv.conf does not go by our record; making it again");
+        self.set(dns, resolv_conf::servers(file)).await
+    }
+
+    /// When to look again.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.repairs.due()
+    }
+
+    /// What the user should know.
+    pub(super) fn complaint(&self) -> Option<String> {
+        self.repairs.insists(Instant::now()).then(|| {
+            format!(
+                "resolvconf has the record {} and the host's resolv.conf does not go by it: names of the mesh do not resolve. Another program writes that file, or resolvconf's configuration gives other records precedence",
+                self.record
+            )
+        })
     }
 
     pub(super) async fn revert(&mut self) -> Result<(), ResolverError> {
@@ -110,15 +185,54 @@ async fn execute(arguments: &[&str], record: &str, input: &str) -> Result<(), Re
 mod tests {
     use super::*;
 
+    fn resolvconf(dir: &Path) -> Resolvconf {
+        Resolvconf {
+            openresolv: true,
+            record: "lacis0".into(),
+            set: false,
+            before: vec!["192.0.2.1:53".parse().unwrap()],
+            records: [dir.join("none"), dir.to_owned(), dir.join("none")],
+            repairs: Repairs::default(),
+        }
+    }
+
     #[test]
     fn the_servers_before_us_are_known_while_only_ours_are_named() {
-        let before: SocketAddr = "192.0.2.1:53".parse().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut resolvconf = resolvconf(dir.path());
+        let before = resolvconf.before.clone();
         let other: SocketAddr = "192.0.2.2:53".parse().unwrap();
-        let mut resolvconf =
-            Resolvconf { openresolv: true, record: "x".into(), set: false, before: vec![before] };
         assert!(resolvconf.base_resolvers(Vec::new()).is_empty());
         resolvconf.set = true;
-        assert_eq!(resolvconf.base_resolvers(Vec::new()), [before]);
+        assert_eq!(resolvconf.base_resolvers(Vec::new()), before);
         assert_eq!(resolvconf.base_resolvers(vec![other]), [other]);
+    }
+
+    #[test]
+    fn records_of_other_programs_count_while_ours_alone_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut resolvconf = resolvconf(dir.path());
+        resolvconf.set = true;
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("lacis0", "nameserver 100.100.100.100\n");
+        write("eth0.dhcp", "nameserver 192.0.2.7\nnameserver fe80::1%lo\n");
+        write("wlan0", "nameserver 192.0.2.7\nnameserver 192.0.2.8\n");
+        let servers = |resolvconf: &Resolvconf| -> Vec<String> {
+            resolvconf.base_resolvers(Vec::new()).iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(servers(&resolvconf), ["192.0.2.7:53", "[fe80::1%1]:53", "192.0.2.8:53"]);
+        write("eth0.dhcp", "nameserver 192.0.2.9\n");
+        assert_eq!(servers(&resolvconf), ["192.0.2.9:53", "192.0.2.7:53", "192.0.2.8:53"]);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_goes_by_our_record_or_by_a_resolver_of_the_host_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut resolvconf = resolvconf(dir.path());
+        let dns = OsDns { servers: vec![lacis_dns::QUAD100_V4.into()], ..OsDns::default() };
+        for file in ["nameserver 100.100.100.100\nnameserver 192.0.2.1\n", "nameserver 127.0.0.1\n"] {
+            resolvconf.repair(&dns, file).await.unwrap();
+            assert!(!resolvconf.set, "{file}");
+        }
     }
 }
