@@ -4,8 +4,9 @@
 //! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
 //! is announced, which state users see, what is saved. The parts: [`login`] and [`logout`] (who we are to the control server),
 //! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host, and
-//! where home is), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
+//! where home is), [`paths`] (which way to each peer), [`clock`], [`pings`], [`status`] (what users see).
 
+mod clock;
 mod login;
 mod logout;
 mod measure;
@@ -48,6 +49,7 @@ use crate::netmap::{NetMap, Session};
 use crate::portmap::PortMap;
 use crate::relays::{RelayNews, Relays};
 use crate::state::{Saved, StateDir};
+use clock::{Clock, Reading};
 use login::Login;
 use logout::{Logouts, Outcome};
 use measure::{Measurement, NetcheckRuns};
@@ -256,6 +258,7 @@ pub(crate) struct Engine {
     /// For log lines that the control server, relays and peers cause.
     log: LogLimiter,
     boxes: disco::Boxes,
+    clock: Clock,
     pings: Pings,
 
     /// What users see; once running, small interruptions do not show.
@@ -273,6 +276,7 @@ impl Engine {
         Self {
             host_facts: hostinfo::read(&parts.saved.log_id),
             boxes: disco::Boxes::new(parts.saved.disco_key.clone()),
+            clock: Clock::new(Reading::now(), parts.saved.latest_time),
             on_disk,
             disk_trouble: false,
             dir: parts.dir,
@@ -381,6 +385,7 @@ impl Engine {
         self.relays.set_identity(None);
         self.remember_ways();
         self.save_map();
+        self.saved.latest_time = self.clock.latest(Reading::now());
         self.disk_trouble = false;
         self.save();
         self.port_map.close().await;
@@ -474,6 +479,7 @@ impl Engine {
     }
 
     fn tick(&mut self) {
+        self.follow_clock();
         self.relays.close_idle();
         let Self { relay_trouble, relays, .. } = self;
         relay_trouble.retain(|region, _| relays.is_open(*region));

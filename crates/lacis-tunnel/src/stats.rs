@@ -118,6 +118,8 @@ counters! {
     in_invalid,
     /// Dropped: handshakes over the limit.
     in_handshake_limited,
+    /// Dropped: handshakes stamped no later than one before, by a peer whose clock was set back or by a replay.
+    in_stale_handshake,
     /// Dropped: handshakes from keys that are no peer.
     in_unknown_peer,
     /// Dropped: inner source address does not belong to the peer.

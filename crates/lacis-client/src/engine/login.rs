@@ -290,7 +290,11 @@ impl Engine {
                 self.session = Session::default();
                 self.streaming = true;
             }
-            ControlEvent::Frame(frame) => self.frame(*frame),
+            ControlEvent::Frame(frame) => {
+                // Before the server's time in it is compared with a clock that was just set.
+                self.follow_clock();
+                self.frame(*frame);
+            }
             ControlEvent::Announced { home } => {
                 if home != 0 {
                     self.announced_home = home;

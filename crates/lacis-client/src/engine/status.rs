@@ -141,6 +141,7 @@ impl Engine {
         health.extend(self.trouble.clone());
         health.extend(self.host_trouble.clone());
         health.extend(self.valid_keys());
+        health.extend(self.clock.problem(self.session.clock_offset));
         if self.is_on() {
             health.extend(self.relay_trouble.values().cloned());
             if self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc())) {

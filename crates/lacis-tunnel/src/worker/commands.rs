@@ -92,7 +92,7 @@ impl Worker {
             // Packets have waited for a path, and the initiation that they caused went nowhere.
             if peer.waiting || peer.config.persistent_keepalive.is_some() {
                 let waits = peer.waiting;
-                self.initiate(slot, true);
+                self.initiate(slot, true, None);
                 if waits && let Some(peer) = self.peers.get(slot) {
                     peer.wait(now);
                 }
