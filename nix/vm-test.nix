@@ -314,7 +314,16 @@ let
           dig
           curl
         ]
-        ++ map (program: pkgs.${program}) (topology.needs or [ ])
+        ++ map (
+          program:
+          pkgs.${
+            {
+              wg = "wireguard-tools";
+              faketime = "libfaketime";
+            }
+            .${program} or program
+          }
+        ) (topology.needs or [ ])
         ++ lib.optional (host.attacks or false) packages.lacis-lab;
       environment.etc = lib.mkMerge [
         (lib.mapAttrs' (path: text: lib.nameValuePair (lib.removePrefix "/etc/" path) { inherit text; }) (

@@ -49,6 +49,7 @@ use crate::netmap::{NetMap, Session};
 use crate::portmap::PortMap;
 use crate::relays::{RelayNews, Relays};
 use crate::state::{Saved, StateDir};
+use crate::uapi;
 use clock::{Clock, Reading};
 use login::Login;
 use logout::{Logouts, Outcome};
@@ -116,6 +117,10 @@ pub(crate) enum Command {
     },
     DnsConfig {
         reply: oneshot::Sender<Option<Arc<DnsConfig>>>,
+    },
+    /// The interface as WireGuard's own tools see one.
+    WireGuard {
+        reply: oneshot::Sender<uapi::Device>,
     },
     /// What a new watcher of the bus must hear first.
     Initial {
@@ -431,6 +436,7 @@ impl Engine {
             Command::DnsConfig { reply } => {
                 drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.dns))));
             }
+            Command::WireGuard { reply } => drop(reply.send(self.wireguard())),
             Command::Initial { mask, reply } => drop(reply.send(self.initial(mask))),
         }
     }
