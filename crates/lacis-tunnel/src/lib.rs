@@ -11,6 +11,7 @@
 //! - [`Outputs::relay`] carries sealed packets as ready DERP frames, [`Tunnel::relay_in`] takes the other direction;
 //! - [`Outputs::udp`] and [`Tunnel::send_udp`] share the sockets with path discovery and STUN;
 //!   [`Tunnel::open_socket`] opens more of them: a [`Way`] is a socket of ours and an address;
+//! - [`Tunnel::set_routes`] says which networks this node routes: 4via6 routes among them are translated;
 //! - [`Outputs::quad100`] and [`Tunnel::inject`] connect the resolver that lives inside the device.
 
 mod checksum;
@@ -30,6 +31,7 @@ mod stats;
 mod sys;
 mod tsmp;
 mod tunnel;
+mod via;
 mod worker;
 
 pub use config::{DEFAULT_MTU, Path, PeerConfig, SocketId, TunnelConfig, Way};
@@ -40,3 +42,4 @@ pub use packet::{Parsed, protocol};
 pub use stats::{PeerStats, Stats};
 pub use tsmp::{Reject, RejectReason};
 pub use tunnel::Tunnel;
+pub use via::DUMMY_SOURCE as VIA_DUMMY_SOURCE;

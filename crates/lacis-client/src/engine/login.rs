@@ -1,9 +1,11 @@
 //! Who this node is to the control server: logging in and out, preferences, and the state that follows.
 
+use ipnet::IpNet;
 use lacis_wire::control::{RegisterResponse, UserProfile};
 use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use lacis_wire::local::{MaskedPrefs, Notify, Prefs, StartOptions, State};
+use lacis_wire::via::{self, Via};
 use time::OffsetDateTime;
 use tokio::time::{Duration, Instant};
 
@@ -57,6 +59,13 @@ pub(super) fn check_prefs(prefs: &Prefs) -> Result<(), String> {
     }
     if let Some(route) = prefs.advertise_routes.iter().find(|route| route.trunc() != **route) {
         return Err(format!("{route} has bits set after its prefix; did you mean {}?", route.trunc()));
+    }
+    for route in &prefs.advertise_routes {
+        if let IpNet::V6(route) = route
+            && via::RANGE.contains(&route.addr())
+        {
+            Via::try_from(*route).map_err(|error| error.to_string())?;
+        }
     }
     if !prefs.exit_node_ip.is_empty() && prefs.exit_node_ip.parse::<std::net::IpAddr>().is_err() {
         return Err(format!("the exit node {:?} is no address", prefs.exit_node_ip));

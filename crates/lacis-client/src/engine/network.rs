@@ -201,6 +201,7 @@ impl Engine {
             PeerConfig {
                 key: node.key,
                 allowed_ips,
+                ipv4: routing::own_ipv4(node),
                 jailed: node.is_jailed,
                 persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
             }
@@ -242,6 +243,7 @@ impl Engine {
         let not_local: Vec<IpNet> = lan.iter().copied().chain(own).collect();
         let filter = Filter::compile_with(&map.filter_rules(), &local, holders).with_not_local(&not_local);
         self.tunnel.set_filter(Arc::new(filter.with_shields_up(prefs.shields_up)));
+        self.tunnel.set_routes(prefs.advertise_routes.clone());
     }
 
     /// The host is connected to other networks than before.

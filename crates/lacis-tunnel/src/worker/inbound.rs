@@ -17,6 +17,7 @@ use crate::outputs::Event;
 use crate::packet::{Parsed, protocol};
 use crate::peers::Peer;
 use crate::sinks::sealed_len;
+use crate::via::DUMMY_SOURCE;
 
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug)]
@@ -372,6 +373,24 @@ impl Worker {
         Err(error)
     }
 
+    /// A packet to a 4via6 route of this node lies in the merger's space: the host gets it as IPv4.
+    fn to_site(&mut self, slot: u32, parsed: &Parsed) {
+        let source = self.peers.get(slot).and_then(|peer| peer.config.ipv4).unwrap_or(DUMMY_SOURCE);
+        let packet = &self.coalescer.space()[..parsed.len];
+        let translated = self.via.from_peer(packet, parsed, source, self.now.instant).map(<[u8]>::to_vec);
+        let counters = &self.shared.counters;
+        let Some(packet) = translated else { return counters.via_dropped.add(1) };
+        counters.via_in.add(1);
+        if !self.coalescer.has_room(packet.len()) {
+            self.flush_tun();
+        }
+        let Some(space) = self.coalescer.space().get_mut(..packet.len()) else { return };
+        space.copy_from_slice(&packet);
+        if let Some(parsed) = Parsed::new(&packet) {
+            self.coalescer.push(&parsed);
+        }
+    }
+
     /// A packet of `len` bytes lies decrypted in the merger's space.
     fn opened(&mut self, slot: u32, len: usize, source: IpAddr) {
         let counters = &self.shared.counters;
@@ -411,7 +430,11 @@ impl Worker {
         let jailed = self.peers.get(slot).is_some_and(|peer| peer.config.jailed);
         let counters = &self.shared.counters;
         let reason = match self.filter.inbound(&parsed, &mut self.flows, jailed) {
-            Verdict::Accept => return self.coalescer.push(&parsed),
+            Verdict::Accept if self.via.takes(parsed.dst) => return self.to_site(slot, &parsed),
+            Verdict::Accept => {
+                self.via.yield_to(&parsed, &self.coalescer.space()[..parsed.len]);
+                return self.coalescer.push(&parsed);
+            }
             Verdict::Drop(reason) => reason,
         };
         match reason {
