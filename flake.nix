@@ -96,6 +96,8 @@
             iperf3
             (miniupnpd.override { firewall = "nftables"; })
             dnsutils
+            wireguard-tools
+            libfaketime
             python3
             curl
           ];

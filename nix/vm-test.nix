@@ -314,8 +314,18 @@ let
           dig
           curl
         ]
-        # As Debian has it: with DNS over HTTPS.
-        ++ map (program: { unbound = unbound-full; }.${program} or pkgs.${program}) (topology.needs or [ ])
+        ++ map (
+          program:
+          pkgs.${
+            {
+              # As Debian has it: with DNS over HTTPS.
+              unbound = "unbound-full";
+              wg = "wireguard-tools";
+              faketime = "libfaketime";
+            }
+            .${program} or program
+          }
+        ) (topology.needs or [ ])
         ++ lib.optional (host.attacks or false) packages.lacis-lab;
       environment.etc = lib.mkMerge [
         (lib.mapAttrs' (path: text: lib.nameValuePair (lib.removePrefix "/etc/" path) { inherit text; }) (

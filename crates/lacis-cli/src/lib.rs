@@ -53,6 +53,9 @@ enum Command {
     Whois(node::whois::Whois),
     /// Show versions
     Version(node::version::Version),
+    /// Helpers for setting up networks
+    #[command(subcommand)]
+    Debug(node::debug::Debug),
     /// Check, explain and compare policies
     Policy(policy::Policy),
     /// Administer a coordinator on this machine
@@ -105,6 +108,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Netcheck(netcheck) => netcheck.run(&daemon).await,
         Command::Whois(whois) => whois.run(&daemon).await,
         Command::Version(version) => version.run(&daemon).await,
+        Command::Debug(debug) => debug.run(),
         Command::Policy(policy) => policy.run().await,
         Command::Admin(admin) => admin.run().await,
     }

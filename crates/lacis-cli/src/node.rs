@@ -1,5 +1,6 @@
 //! Commands of the node this runs on: each asks `lacisd` over the local API.
 
+pub(crate) mod debug;
 pub(crate) mod down;
 pub(crate) mod exit_node;
 pub(crate) mod ip;

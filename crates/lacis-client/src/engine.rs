@@ -4,8 +4,10 @@
 //! as a message; handlers change the engine's own state; then [`Engine::settle`] makes the rest follow from it: what
 //! is announced, which state users see, what is saved. The parts: [`login`] and [`logout`] (who we are to the control server),
 //! [`network`] (the map, turned into tunnel, relays, resolver and host), [`measure`] (the network around this host),
-//! [`home`] (which relays can be used, and which is home), [`paths`] (which way to each peer), [`pings`], [`status`] (what users see).
+//! [`home`] (which relays can be used, and which is home), [`paths`] (which way to each peer), [`clock`], [`pings`],
+//! [`status`] (what users see).
 
+mod clock;
 mod home;
 mod login;
 mod logout;
@@ -50,6 +52,8 @@ use crate::netmap::{NetMap, Session};
 use crate::portmap::PortMap;
 use crate::relays::{Reach, RelayNews, Relays};
 use crate::state::{Saved, StateDir};
+use crate::uapi;
+use clock::{Clock, Reading};
 use login::Login;
 use logout::{Logouts, Outcome};
 use measure::{Measurement, NetcheckRuns};
@@ -116,6 +120,10 @@ pub(crate) enum Command {
     },
     DnsConfig {
         reply: oneshot::Sender<Option<Arc<DnsConfig>>>,
+    },
+    /// The interface as WireGuard's own tools see one.
+    WireGuard {
+        reply: oneshot::Sender<uapi::Device>,
     },
     /// What a new watcher of the bus must hear first.
     Initial {
@@ -270,6 +278,7 @@ pub(crate) struct Engine {
     /// For log lines that the control server, relays and peers cause.
     log: LogLimiter,
     boxes: disco::Boxes,
+    clock: Clock,
     pings: Pings,
 
     /// What users see; once running, small interruptions do not show.
@@ -287,6 +296,7 @@ impl Engine {
         Self {
             host_facts: hostinfo::read(&parts.saved.log_id),
             boxes: disco::Boxes::new(parts.saved.disco_key.clone()),
+            clock: Clock::new(Reading::now(), parts.saved.latest_time),
             on_disk,
             disk_trouble: false,
             dir: parts.dir,
@@ -402,6 +412,7 @@ impl Engine {
         self.relays.set_identity(None);
         self.remember_ways();
         self.save_map();
+        self.saved.latest_time = self.clock.latest(Reading::now());
         self.disk_trouble = false;
         self.save();
         self.port_map.close().await;
@@ -447,6 +458,7 @@ impl Engine {
             Command::DnsConfig { reply } => {
                 drop(reply.send(self.map.as_ref().map(|map| Arc::clone(&map.dns))));
             }
+            Command::WireGuard { reply } => drop(reply.send(self.wireguard())),
             Command::Initial { mask, reply } => drop(reply.send(self.initial(mask))),
         }
     }
@@ -495,6 +507,7 @@ impl Engine {
     }
 
     fn tick(&mut self) {
+        self.follow_clock();
         self.relays.close_idle();
         let Self { relay_trouble, relays, .. } = self;
         relay_trouble.retain(|region, _| relays.is_open(*region));

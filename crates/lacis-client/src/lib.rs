@@ -24,6 +24,7 @@ mod relays;
 mod routing;
 mod run;
 mod state;
+mod uapi;
 
 pub use error::Error;
 pub use run::{Options, run};

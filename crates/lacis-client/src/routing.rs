@@ -6,8 +6,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use lacis_tunnel::VIA_DUMMY_SOURCE;
 use lacis_wire::control::{Node, NodeId};
 use lacis_wire::local::{Prefs, netfilter_mode};
+use lacis_wire::via::Via;
 
 use crate::host::{Firewall, Mode, Routes};
 use crate::interfaces::Lan;
@@ -78,6 +80,26 @@ fn is_for_nodes(ip: IpAddr) -> bool {
     !(special || ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || QUAD100.contains(&ip))
 }
 
+/// The address by which a node is known where there is only IPv4.
+pub(crate) fn own_ipv4(node: &Node) -> Option<Ipv4Addr> {
+    node.addresses.iter().find_map(|net| match net.addr() {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
+    })
+}
+
+/// What a route of this node is to the host's own routes and firewall: a 4via6 route leads to an IPv4 network.
+fn forwarded(net: &IpNet) -> IpNet {
+    via(net).map_or(*net, |via| IpNet::V4(via.net))
+}
+
+fn via(net: &IpNet) -> Option<Via> {
+    match net {
+        IpNet::V6(net) => Via::try_from(*net).ok(),
+        IpNet::V4(_) => None,
+    }
+}
+
 /// Whose each address is: this node's own, then the peer's with the lowest id.
 #[derive(Debug)]
 pub(crate) struct Owners(HashMap<IpAddr, NodeId>);
@@ -126,6 +148,12 @@ pub(crate) fn host_routes(map: &NetMap, prefs: &Prefs, lan: &Lan) -> Routes {
     for peer in map.peers.values() {
         device.extend(accepted_ips(peer, prefs).iter().map(IpNet::trunc));
     }
+    // Answers to peers that the translator gives this address.
+    if prefs.advertise_routes.iter().any(|net| via(net).is_some())
+        && map.peers.values().any(|peer| own_ipv4(peer).is_none())
+    {
+        device.insert(IpAddr::V4(VIA_DUMMY_SOURCE).into());
+    }
     let mut thrown = BTreeSet::new();
     if wants_exit(prefs) {
         device.extend(EVERYTHING);
@@ -159,7 +187,7 @@ pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, ports: (u16, u16)) -> Firewa
             netfilter_mode::NO_DIVERT => Mode::NoDivert,
             _ => Mode::On,
         },
-        routed: prefs.advertise_routes.clone(),
+        routed: prefs.advertise_routes.iter().map(forwarded).collect(),
         masquerade: !prefs.no_snat,
         stateful: prefs.no_stateful_filtering == Some(false),
         keep_marks: wants_exit(prefs) || map.peers.values().any(|peer| beyond_nodes(peer)),
@@ -402,6 +430,19 @@ mod tests {
         for (number, mode) in modes.into_iter().chain([(netfilter_mode::ON, Mode::On)]) {
             assert_eq!(wish(&Prefs { netfilter_mode: number, ..exit() }).mode, mode);
         }
+    }
+
+    #[test]
+    fn a_4via6_route_is_forwarded_as_ipv4_and_its_peers_without_ipv4_have_a_stand_in() {
+        let routes = nets(&["fd7a:115c:a1e0:b1a:0:7:a01:0/112", "fd00:1::/64"]);
+        let prefs = Prefs { advertise_routes: routes, ..Prefs::default() };
+        assert_eq!(firewall(&map(), &prefs, (1, 1)).routed, nets(&["10.1.0.0/16", "fd00:1::/64"]));
+        let mut map = map();
+        assert!(!has(&host_routes(&map, &prefs, &lan()).device, "192.0.0.8/32"));
+        let only_v6 = Node { id: NodeId(9), addresses: nets(&["fd7a:115c:a1e0::9/128"]), ..Node::default() };
+        map.peers.insert(only_v6.id, only_v6.into());
+        assert!(has(&host_routes(&map, &prefs, &lan()).device, "192.0.0.8/32"));
+        assert!(!has(&host_routes(&map, &Prefs::default(), &lan()).device, "192.0.0.8/32"));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::netcheck::StunProbes;
 use crate::portmap::PortMap;
 use crate::relays::Relays;
 use crate::state::StateDir;
-use crate::{Error, hostinfo, links};
+use crate::{Error, hostinfo, links, uapi};
 
 /// On every socket of the daemon, so that policy routing keeps it out of the tunnel.
 const FWMARK: u32 = 0x80000;
@@ -91,6 +91,7 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     let links = links::watch(tunnel.tun_index(), fwmark);
     let bus = Bus::default();
     let (commands, command_inbox) = engine::commands();
+    let uapi_commands = commands.clone();
     let handle = EngineHandle { commands, bus: bus.clone() };
 
     let engine = Engine::new(Parts {
@@ -121,6 +122,8 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         links,
     };
     let api = tokio::spawn(socket.serve(handle, options.tun.clone(), stop.clone()));
+    let uapi = uapi::Socket::bind(tunnel.tun_name()).await;
+    let uapi = uapi.map(|socket| tokio::spawn(socket.serve(uapi_commands, stop.clone())));
     let mut running = std::pin::pin!(engine.run(inputs, stop.clone()));
     let early = if returns {
         tokio::select! {
@@ -146,6 +149,10 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     }
     tunnel.shutdown();
     api.abort();
+    if let Some(uapi) = uapi {
+        // It goes with its socket.
+        let _ = uapi.await;
+    }
     ended
 }
 

@@ -40,7 +40,8 @@ pub(crate) struct Saved {
     /// Keys that were given up and are not expired at their servers yet.
     #[serde(default)]
     pub departures: Vec<Departure>,
-    /// Kept, so that peers need not learn a new one after a restart.
+    /// Kept, so that peers need not learn a new one after a restart; they cannot while the control server is away. Replaced
+    /// when the clock was set back.
     pub disco_key: DiscoPrivateKey,
     pub lock_key: LockKey,
     pub log_id: String,
@@ -58,6 +59,9 @@ pub(crate) struct Saved {
     /// The UDP port in use, so that mappings of routers and endpoints stay true.
     #[serde(default)]
     pub port: u16,
+    /// The latest time that this host's clock has shown, roughly. Unix seconds.
+    #[serde(default)]
+    pub latest_time: i64,
     #[serde(default)]
     pub home_region: u16,
     /// Where this node was reachable last.
@@ -99,6 +103,7 @@ impl Saved {
             server_key: None,
             server_address: None,
             port: 0,
+            latest_time: 0,
             home_region: 0,
             endpoints: Vec::new(),
             ways: Vec::new(),

@@ -69,6 +69,9 @@ pub(crate) fn decide(state: &DnsState, query: &Message) -> Decision {
     if let Some(addresses) = state.addresses(&name) {
         return Decision::Answer(addressed(state, query, question, &addresses));
     }
+    if let Some(ip) = via(state, &name) {
+        return Decision::Answer(addressed(state, query, question, &[ip]));
+    }
     if let Some(zone) = state.zone_of(&name) {
         let mut message = failed(query, ResponseCode::NXDomain);
         message.metadata.authoritative = true;
@@ -81,6 +84,13 @@ pub(crate) fn decide(state: &DnsState, query: &Message) -> Decision {
         return Decision::Answer(message);
     }
     Decision::Forward(name)
+}
+
+/// The address that a name says itself, such as `10-1-1-1-via-7` in the network's domain or alone.
+fn via(state: &DnsState, name: &str) -> Option<IpAddr> {
+    let (label, zone) = name.split_once('.').unwrap_or((name, ""));
+    let in_domain = zone.is_empty() || (state.zone_of(name) == Some(zone) && !zone.ends_with(".arpa"));
+    in_domain.then(|| lacis_wire::via::parse_label(label)).flatten().map(IpAddr::V6)
 }
 
 /// A name as our tables have it.
@@ -226,6 +236,32 @@ mod tests {
         let outside = ("six.lab.example".to_owned(), "2001:db8::6".parse().unwrap());
         let state = DnsState { extra_records: vec![outside], ..state };
         assert_eq!(texts(&ask(&state, "six.lab.example.", RecordType::AAAA)), ["2001:db8::6"]);
+    }
+
+    #[test]
+    fn an_address_of_a_site_is_named_by_itself() {
+        for name in ["10-1-1-1-via-7.lab.example.", "10-1-1-1-VIA-7."] {
+            assert_eq!(texts(&ask(&state(), name, RecordType::AAAA)), ["fd7a:115c:a1e0:b1a:0:7:a01:101"]);
+            let v4 = ask(&state(), name, RecordType::A);
+            assert_eq!((v4.answers.len(), v4.metadata.response_code), (0, ResponseCode::NoError), "{name}");
+        }
+        for name in [
+            "10-1-1-1-via-70000.lab.example.",
+            "10-1-1-1-via-7.x.lab.example.",
+            "10-1-1-1-via-7.64.100.in-addr.arpa.",
+        ] {
+            let message = ask(&state(), name, RecordType::AAAA);
+            assert_eq!(message.metadata.response_code, ResponseCode::NXDomain, "{name}");
+        }
+        let named = HashMap::from([(
+            "10-1-1-1-via-7.lab.example".to_owned(),
+            vec!["fd7a:115c:a1e0::9".parse().unwrap()],
+        )]);
+        let state = DnsState { hosts: named, ..state() };
+        assert_eq!(
+            texts(&ask(&state, "10-1-1-1-via-7.lab.example.", RecordType::AAAA)),
+            ["fd7a:115c:a1e0::9"]
+        );
     }
 
     #[test]

@@ -262,7 +262,12 @@ fn missing_for(service: Service, found: &BTreeMap<String, PathBuf>) -> impl Iter
 fn missing(topology: &Topology, found: &BTreeMap<String, PathBuf>) -> Vec<String> {
     let services = topology.services().into_iter().flat_map(|service| missing_for(service, found));
     let needs = topology.needs.iter().filter(|program| find_tool(program).is_none());
-    services.chain(needs.map(|program| format!("{program} (Debian package {program})"))).collect()
+    services.chain(needs.map(|program| format!("{program} (Debian package {})", package(program)))).collect()
+}
+
+/// The Debian package of a program.
+fn package(program: &str) -> &str {
+    if program == "wg" { "wireguard-tools" } else { program }
 }
 
 /// The project's programs, from where this one was built; another build may be given as a peer.

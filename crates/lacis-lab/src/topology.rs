@@ -46,7 +46,7 @@ pub struct Topology {
     pub sites: BTreeMap<String, Site>,
     /// Machines.
     pub hosts: BTreeMap<String, Host>,
-    /// Programs of the system that the script calls and not every machine has, named as their Debian packages are.
+    /// Programs of the system that the script calls and not every machine has.
     #[serde(default)]
     pub needs: Vec<String>,
     /// Whether names are found only by the internet's name server, not in each host's /etc/hosts.

@@ -84,6 +84,11 @@ impl UnixSocket {
         Ok(Self { listener, file })
     }
 
+    /// The next connection, for protocols other than HTTP. Cancel safe.
+    pub async fn accept(&self) -> io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
+    }
+
     /// Accepts until `stop`, then lets running requests end. `service` makes what answers the requests of one
     /// connection.
     pub async fn serve<M, S>(self, service: M, stop: CancellationToken)

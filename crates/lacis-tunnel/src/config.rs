@@ -1,6 +1,6 @@
 //! What the client tells the packet thread: the device, the peers, and where each peer's packets go.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ipnet::IpNet;
 use lacis_wire::key::NodeKey;
@@ -45,6 +45,8 @@ pub struct PeerConfig {
     pub key: NodeKey,
     /// Destinations that are sent to it, and the only inner sources accepted from it.
     pub allowed_ips: Vec<IpNet>,
+    /// Its own IPv4 address: what it is to the hosts that it reaches by 4via6 routes of this node. `None` if it has none.
+    pub ipv4: Option<Ipv4Addr>,
     /// May only answer us: the rules of the filter are not applied to it (`Node.IsJailed`).
     pub jailed: bool,
     /// Seconds between keepalives that are sent without need. Leave `None` for peers with path discovery.

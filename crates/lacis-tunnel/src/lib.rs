@@ -11,6 +11,7 @@
 //! - [`Outputs::relay`] carries sealed packets as ready DERP frames, [`Tunnel::relay_in`] takes the other direction;
 //! - [`Outputs::udp`] and [`Tunnel::send_udp`] share the sockets with path discovery and STUN;
 //!   [`Tunnel::open_socket`] opens more of them: a [`Way`] is a socket of ours and an address;
+//! - [`Tunnel::set_routes`] says which networks this node routes: 4via6 routes among them are translated;
 //! - [`Outputs::quad100`] and [`Tunnel::inject`] connect the resolver that lives inside the device; what it can answer
 //!   without waiting, a [`Responder`] answers on the packet thread.
 
@@ -31,6 +32,7 @@ mod stats;
 mod sys;
 mod tsmp;
 mod tunnel;
+mod via;
 mod worker;
 
 pub use config::{DEFAULT_MTU, MAX_RESPONSE, Path, PeerConfig, Responder, SocketId, TunnelConfig, Way};
@@ -41,3 +43,4 @@ pub use packet::{Parsed, protocol};
 pub use stats::{PeerStats, Stats};
 pub use tsmp::{Reject, RejectReason};
 pub use tunnel::Tunnel;
+pub use via::DUMMY_SOURCE as VIA_DUMMY_SOURCE;

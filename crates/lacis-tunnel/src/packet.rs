@@ -24,8 +24,8 @@ const STRICT_SOURCE_ROUTE: u8 = 137;
 
 pub(crate) const ICMP_ECHO: u8 = 8;
 pub(crate) const ICMP6_ECHO: u8 = 128;
-const ICMP_ECHO_REPLY: u8 = 0;
-const ICMP6_ECHO_REPLY: u8 = 129;
+pub(crate) const ICMP_ECHO_REPLY: u8 = 0;
+pub(crate) const ICMP6_ECHO_REPLY: u8 = 129;
 
 pub(crate) const TCP_FIN: u8 = 1;
 pub(crate) const TCP_SYN: u8 = 2;

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 
 use crate::config::{Path, PeerConfig, SocketId, Way};
@@ -68,6 +69,7 @@ pub(crate) struct Settings {
     pub(crate) paths: HashMap<NodeKey, Path>,
     pub(crate) filter: Option<Arc<Filter>>,
     pub(crate) local_addresses: Option<Vec<IpAddr>>,
+    pub(crate) routes: Option<Vec<IpNet>>,
 }
 
 /// See the file's head.
@@ -127,6 +129,10 @@ impl Queue {
 
     pub(crate) fn set_local_addresses(&mut self, addresses: Vec<IpAddr>) {
         self.settings.local_addresses = Some(addresses);
+    }
+
+    pub(crate) fn set_routes(&mut self, routes: Vec<IpNet>) {
+        self.settings.routes = Some(routes);
     }
 
     /// Adds work; if there is no room, gives how many datagrams, packets or orders are lost with it.

@@ -133,6 +133,14 @@ impl Sinks {
         }
     }
 
+    /// Sends a sealed packet once more, by another path.
+    pub(crate) fn repeat(&mut self, path: Path, key: &NodeKey, sealed: &[u8], out: &Senders, now: Instant) {
+        self.emit(path, key, sealed.len(), out, now, |space| {
+            space[..sealed.len()].copy_from_slice(sealed);
+            sealed.len()
+        });
+    }
+
     fn udp_space(&mut self, to: Way, need: usize, counters: &Counters, now: Instant) -> &mut [u8] {
         let batch = &self.udp;
         let other = batch.to != Some(to) || batch.closed || batch.count >= MAX_SEGMENTS;

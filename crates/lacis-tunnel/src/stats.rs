@@ -120,6 +120,8 @@ counters! {
     in_invalid,
     /// Dropped: handshakes over the limit.
     in_handshake_limited,
+    /// Dropped: handshakes stamped no later than one before, by a peer whose clock was set back or by a replay.
+    in_stale_handshake,
     /// Dropped: handshakes from keys that are no peer.
     in_unknown_peer,
     /// Dropped: inner source address does not belong to the peer.
@@ -141,6 +143,12 @@ counters! {
     in_fragment,
     /// Dropped by the packet filter: an ICMP error about nothing that this node has sent to the peer.
     in_stray_error,
+    /// Packets of peers to 4via6 routes that were translated.
+    via_in,
+    /// Packets of this host that were translated for peers.
+    via_out,
+    /// Not translated: fragments of packets that are not whole yet, and what has no counterpart in the other family.
+    via_dropped,
     /// In-tunnel messages and ping answers taken out of the stream.
     in_consumed,
     /// Failed writes to the device (it is not up, or gone).

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use ipnet::IpNet;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use tracing::{info, warn};
 
@@ -102,7 +103,7 @@ impl Tunnel {
             peers: ArcSwap::default(),
         });
         info!(tun = %name, mtu = config.mtu, v4 = ports.0, v6 = ports.1, offloads = %tun.offloads(), "tunnel opened");
-        let worker = Worker::new(Arc::clone(&shared), tun, sockets, senders, responder);
+        let worker = Worker::new(Arc::clone(&shared), tun, sockets, senders, responder, config.mtu);
         let thread = std::thread::Builder::new()
             .name("packets".to_owned())
             .spawn(move || worker.run())
@@ -152,6 +153,12 @@ impl Tunnel {
     /// Own addresses inside the tunnel: the source of pings.
     pub fn set_local_addresses(&self, addresses: Vec<IpAddr>) {
         self.enqueue(|queue| queue.set_local_addresses(addresses));
+    }
+
+    /// The networks that this node routes for its peers: what they send to 4via6 routes among them is translated to
+    /// IPv4 for this host, and its answers back. Other networks do not matter here.
+    pub fn set_routes(&self, routes: Vec<IpNet>) {
+        self.enqueue(|queue| queue.set_routes(routes));
     }
 
     /// Sends a datagram by one of the tunnel's sockets. `ttl` is the number of hops that it may make (from 1), if

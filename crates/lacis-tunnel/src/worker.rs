@@ -32,6 +32,7 @@ use crate::sys::sockets::Sockets;
 use crate::sys::tun::{MAX_PACKET, Tun, VNET_LEN};
 use crate::sys::udp::{MAX_SEGMENTS, Received};
 use crate::tunnel::Shared;
+use crate::via::Translator;
 use messages::Pings;
 use timers::Ticker;
 
@@ -75,6 +76,7 @@ pub(crate) struct Worker {
     parked: inbound::Parked,
     sinks: Sinks,
     coalescer: Coalescer,
+    via: Translator,
     filter: Arc<Filter>,
     flows: Flows,
     local: Vec<IpAddr>,
@@ -129,6 +131,7 @@ impl Worker {
         sockets: Sockets,
         out: Senders,
         responder: Responder,
+        mtu: u16,
     ) -> Self {
         let offloads = tun.offloads();
         let mask = crate::sys::random() as u32;
@@ -147,6 +150,7 @@ impl Worker {
             parked: inbound::Parked::default(),
             sinks: Sinks::new(sockets, &out),
             coalescer: Coalescer::new(offloads.tcp(), offloads.udp()),
+            via: Translator::new(mtu),
             filter: Arc::default(),
             flows: Flows::default(),
             local: Vec::new(),

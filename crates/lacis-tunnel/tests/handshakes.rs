@@ -5,9 +5,9 @@
 
 mod common;
 
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -192,4 +192,87 @@ fn a_new_path_gets_an_initiation_at_once() {
     a.tunnel.set_path(b.key, Path::Direct(Way::main(b_addr)));
     answer(&mut a);
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}
+
+/// Counts the messages of this kind in what a filter of [`relays`] sees.
+fn counted(kind: u8) -> (Arc<AtomicUsize>, impl FnMut(&Bytes) -> bool + Send + 'static) {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&seen);
+    let count = move |packet: &Bytes| {
+        counter.fetch_add(usize::from(packet[0] == kind), Ordering::Relaxed);
+        true
+    };
+    (seen, count)
+}
+
+#[test]
+fn a_handshake_stamped_earlier_than_one_before_is_answered_by_an_initiation() {
+    if skip("a_handshake_stamped_earlier_than_one_before_is_answered_by_an_initiation") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    let stale = Arc::new(Mutex::new(None::<Bytes>));
+    let lose = Arc::new(AtomicBool::new(false));
+    let (first, losing) = (Arc::clone(&stale), Arc::clone(&lose));
+    let from_a = move |packet: &Bytes| {
+        if packet[0] != INITIATION {
+            return true;
+        }
+        first.lock().unwrap().get_or_insert_with(|| packet.clone());
+        !losing.load(Ordering::Relaxed)
+    };
+    let (initiations, from_b) = counted(INITIATION);
+    relays(&mut a, &mut b, from_a, from_b);
+    a.tunnel.set_path(b.key, Path::Relay);
+    b.tunnel.set_path(a.key, Path::Relay);
+    ping(&mut a, &b);
+    assert_eq!(initiations.load(Ordering::Relaxed), 0);
+    // The peer has restarted, and what it sends now carries an earlier time.
+    lose.store(true, Ordering::Relaxed);
+    a.tunnel.reset_session(b.key);
+    a.tunnel.icmp_ping(b.key, b.v4, 2, 2);
+    let stale = stale.lock().unwrap().clone().unwrap();
+    b.tunnel.relay_in(vec![(a.key, stale)]);
+    answer(&mut a);
+    assert_eq!(initiations.load(Ordering::Relaxed), 1);
+    assert_eq!(b.tunnel.stats().in_stale_handshake, 1);
+}
+
+#[test]
+fn replayed_handshakes_make_no_session_and_leave_the_one_in_use() {
+    if skip("replayed_handshakes_make_no_session_and_leave_the_one_in_use") {
+        return;
+    }
+    let (mut a, mut b) = pair();
+    let (a_addr, b_addr) = cable(&a, &b);
+    let first = Arc::new(Mutex::new(None::<Bytes>));
+    let kept = Arc::clone(&first);
+    let from_a = move |packet: &Bytes| {
+        kept.lock().unwrap().get_or_insert_with(|| packet.clone());
+        true
+    };
+    let (responses, from_b) = counted(RESPONSE);
+    relays(&mut a, &mut b, from_a, from_b);
+    a.tunnel.set_path(b.key, Path::Relay);
+    b.tunnel.set_path(a.key, Path::Relay);
+    ping(&mut a, &b);
+    let replay = first.lock().unwrap().clone().unwrap();
+    // By somebody else, again and again: the answer is an initiation at most twice a second, which only the peer can
+    // make a session of.
+    let socket = a.namespace.run(move || UdpSocket::bind((a_addr.ip(), 0)).unwrap());
+    for _ in 0..50 {
+        socket.send_to(&replay, b_addr).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let mut kinds = Vec::new();
+    let mut buffer = [0; 2000];
+    while let Ok(len) = socket.recv(&mut buffer) {
+        kinds.push((buffer[0], len));
+    }
+    assert!(kinds.iter().all(|kind| *kind == (INITIATION, 148)), "{kinds:?}");
+    assert!(kinds.len() <= 3, "{kinds:?}");
+    assert_eq!(responses.load(Ordering::Relaxed), 1, "of the first handshake alone");
+    ping(&mut a, &b);
+    ping(&mut b, &a);
 }

@@ -15,6 +15,7 @@ pub mod mapframe;
 pub mod noise;
 pub mod stun;
 pub mod text;
+pub mod via;
 
 #[cfg(feature = "io")]
 pub mod io;

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lacis_wire::control::{RegisterResponse, UserProfile};
 use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{NodeKey, NodePrivateKey};
 use lacis_wire::local::{MaskedPrefs, Notify, Prefs, StartOptions, State};
+use lacis_wire::via::{self, Via};
 use time::OffsetDateTime;
 use tokio::time::{Duration, Instant};
 
@@ -59,6 +61,13 @@ pub(super) fn check_prefs(prefs: &Prefs) -> Result<(), String> {
     }
     if let Some(route) = prefs.advertise_routes.iter().find(|route| route.trunc() != **route) {
         return Err(format!("{route} has bits set after its prefix; did you mean {}?", route.trunc()));
+    }
+    for route in &prefs.advertise_routes {
+        if let IpNet::V6(route) = route
+            && via::RANGE.contains(&route.addr())
+        {
+            Via::try_from(*route).map_err(|error| error.to_string())?;
+        }
     }
     if !prefs.exit_node_ip.is_empty() && prefs.exit_node_ip.parse::<std::net::IpAddr>().is_err() {
         return Err(format!("the exit node {:?} is no address", prefs.exit_node_ip));
@@ -295,7 +304,11 @@ impl Engine {
                 self.session = Session::default();
                 self.streaming = true;
             }
-            ControlEvent::Frame(frame) => self.frame(*frame),
+            ControlEvent::Frame(frame) => {
+                // Before the server's time in it is compared with a clock that was just set.
+                self.follow_clock();
+                self.frame(*frame);
+            }
             ControlEvent::Announced { home } => {
                 if home != 0 {
                     self.announced_home = home;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lacis_tunnel::{Filter, PeerConfig};
-use lacis_wire::control::{MapResponse, Node};
+use lacis_wire::control::{MapResponse, Node, NodeId};
 use lacis_wire::io::ControlUrl;
 use lacis_wire::key::{DiscoKey, NodeKey};
 use lacis_wire::local::Notify;
@@ -182,15 +182,19 @@ impl Engine {
         }
     }
 
-    fn apply_peers(&mut self) {
-        let Some(map) = &self.map else { return };
+    /// The peers that may be talked to: their keys are there and have not expired.
+    fn live_peers(&self) -> impl Iterator<Item = &Arc<Node>> {
         let now = OffsetDateTime::now_utc() + self.session.clock_offset;
-        let live = || map.peers.values().filter(|node| !is_expired(node, now) && !node.key.is_zero());
-        let places: HashMap<NodeKey, Place> = live().map(|node| (node.key, home::place(node))).collect();
-        self.relays.set_peers(places);
+        let peers = self.map.iter().flat_map(|map| map.peers.values());
+        peers.filter(move |node| !is_expired(node, now) && !node.key.is_zero())
+    }
+
+    /// The tunnel's peers, and the addresses among theirs that are another node's and left out.
+    pub(super) fn peer_configs(&self) -> (Vec<PeerConfig>, BTreeSet<(NodeId, IpNet)>) {
+        let Some(map) = &self.map else { return Default::default() };
         let owners = Owners::new(map);
         let mut foreign = BTreeSet::new();
-        let mut config = |node: &Arc<Node>| {
+        let config = |node: &Arc<Node>| {
             let mut allowed_ips = routing::accepted_ips(node, &self.saved.prefs);
             let refused: Vec<IpNet> = owners.foreign(node, &allowed_ips).copied().collect();
             allowed_ips.retain(|net| !refused.contains(net));
@@ -198,11 +202,20 @@ impl Engine {
             PeerConfig {
                 key: node.key,
                 allowed_ips,
+                ipv4: routing::own_ipv4(node),
                 jailed: node.is_jailed,
                 persistent_keepalive: node.is_wireguard_only.then_some(WIREGUARD_ONLY_KEEPALIVE),
             }
         };
-        self.tunnel.set_peers(live().map(&mut config).collect());
+        (self.live_peers().map(config).collect(), foreign)
+    }
+
+    fn apply_peers(&mut self) {
+        let places: HashMap<NodeKey, Place> =
+            self.live_peers().map(|node| (node.key, home::place(node))).collect();
+        self.relays.set_peers(places);
+        let (configs, foreign) = self.peer_configs();
+        self.tunnel.set_peers(configs);
         let place = |node: &Arc<Node>| lacis_path::Peer {
             key: node.key,
             disco: node.disco_key.is_some(),
@@ -210,7 +223,7 @@ impl Engine {
             endpoints: node.endpoints.clone(),
             wireguard_only: node.is_wireguard_only,
         };
-        let peers = live().map(place).collect();
+        let peers = self.live_peers().map(place).collect();
         for (id, address) in foreign.difference(&self.foreign_addresses) {
             tracing::warn!(node = %id, %address, "this address is another node's; for this peer it is ignored");
         }
@@ -232,6 +245,7 @@ impl Engine {
         let not_local: Vec<IpNet> = lan.iter().copied().chain(own).collect();
         let filter = Filter::compile_with(&map.filter_rules(), &local, holders).with_not_local(&not_local);
         self.tunnel.set_filter(Arc::new(filter.with_shields_up(prefs.shields_up)));
+        self.tunnel.set_routes(prefs.advertise_routes.clone());
     }
 
     /// The host is connected to other networks than before.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use lacis_tunnel::PeerStats;
+use lacis_tunnel::{PeerConfig, PeerStats};
 use lacis_wire::control::{CapMap, Node};
 use lacis_wire::local::{
     ExitNodeStatus, Notify, PeerStatus, State, Status, SuggestedExitNode, TailnetStatus, WhoIs, watch,
@@ -17,6 +17,7 @@ use super::{Engine, Who, random_number};
 use crate::hostinfo::VERSION;
 use crate::netmap::{NetMap, is_expired};
 use crate::routing::{self, is_exit_node, offers_exit};
+use crate::uapi;
 
 /// A peer counts as active for so long after the last packet to it.
 const ACTIVE: Duration = Duration::from_secs(45);
@@ -126,6 +127,25 @@ impl Engine {
         }
     }
 
+    /// The interface, as far as it is up: without a network it has no peers.
+    pub(super) fn wireguard(&self) -> uapi::Device {
+        let configs = if self.netcheck.is_on() { self.peer_configs().0 } else { Vec::new() };
+        let peer = |config: PeerConfig| uapi::Peer {
+            endpoint: match self.paths.path(&config.key) {
+                lacis_path::Path::Direct(way) => Some(way.addr),
+                _ => None,
+            },
+            stats: self.tunnel.peer_stats(&config.key).unwrap_or_default(),
+            config,
+        };
+        let (v4, v6) = self.tunnel.udp_port();
+        uapi::Device {
+            listen_port: if v4 == 0 { v6 } else { v4 },
+            fwmark: self.fwmark,
+            peers: configs.into_iter().map(peer).collect(),
+        }
+    }
+
     fn exit_node_status(&self, map: &NetMap) -> Option<ExitNodeStatus> {
         let node = map.peers.values().find(|node| is_exit_node(node, &self.saved.prefs))?;
         Some(ExitNodeStatus {
@@ -141,6 +161,7 @@ impl Engine {
         health.extend(self.trouble.clone());
         health.extend(self.host_trouble.clone());
         health.extend(self.valid_keys());
+        health.extend(self.clock.problem(self.session.clock_offset));
         if self.is_on() {
             let unreachable: BTreeSet<u16> = self.reach.unreachable().map(|(region, _)| region).collect();
             health.extend(self.unreachable_relays());

@@ -1,5 +1,6 @@
 //! What the client orders: settings (identity, peers, paths, filter) and work (datagrams, packets for the host, pings).
 
+use std::collections::HashSet;
 use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ const NEW_PATH: Duration = Duration::from_millis(100);
 impl Worker {
     /// Takes over the settings that changed.
     pub(super) fn apply(&mut self, settings: Settings) {
-        let Settings { identity, peers, reset, paths, filter, local_addresses } = settings;
+        let Settings { identity, peers, reset, paths, filter, local_addresses, routes } = settings;
         if let Some(key) = identity {
             self.set_identity(&key);
         }
@@ -28,7 +29,12 @@ impl Worker {
             self.peers.set(peers, self.now.instant);
             self.checked_source = None;
             self.shared.peers.store(Arc::new(self.peers.counters()));
+            let known: HashSet<_> = self.peers.iter_mut().filter_map(|peer| peer.config.ipv4).collect();
+            self.via.retain(|source| known.contains(&source));
             self.unpark();
+        }
+        if let Some(routes) = routes {
+            self.via.set_routes(&routes);
         }
         for key in reset {
             if let Some(slot) = self.peers.slot_of(&key)
@@ -92,7 +98,7 @@ impl Worker {
             // Packets have waited for a path, and the initiation that they caused went nowhere.
             if peer.waiting || peer.config.persistent_keepalive.is_some() {
                 let waits = peer.waiting;
-                self.initiate(slot, true);
+                self.initiate(slot, true, None);
                 if waits && let Some(peer) = self.peers.get(slot) {
                     peer.wait(now);
                 }
@@ -121,7 +127,7 @@ impl Worker {
         self.out.event(Event::SocketOpened { socket: id, port: opened });
     }
 
-    fn inject(&mut self, packet: &[u8]) {
+    pub(super) fn inject(&mut self, packet: &[u8]) {
         let counters = &self.shared.counters;
         match self.tun.write(&[IoSlice::new(&plain_header()), IoSlice::new(packet)]) {
             Ok(()) => {

@@ -17,6 +17,7 @@ use crate::outputs::Event;
 use crate::packet::{Parsed, protocol};
 use crate::peers::Peer;
 use crate::sinks::sealed_len;
+use crate::via::DUMMY_SOURCE;
 
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug)]
@@ -148,7 +149,7 @@ impl Worker {
                 peer.heard = Path::Relay;
             }
             let anew = peer.tunn.is_some();
-            self.initiate(slot, anew);
+            self.initiate(slot, anew, None);
         }
     }
 
@@ -240,7 +241,7 @@ impl Worker {
     /// A handshake response or a cookie: the number of the session is at `at`.
     fn session_message(&mut self, data: &[u8], at: usize, source: Source) {
         let Some(slot) = self.peer_of_session(number(data, at), source) else { return };
-        if !self.handshake(slot, data, source) {
+        if self.handshake(slot, data, source).is_err() {
             return;
         }
         self.authenticated(slot, source, data.len());
@@ -295,9 +296,12 @@ impl Worker {
             self.shared.counters.in_invalid.add(1);
             return;
         }
-        if self.handshake(slot, data, source)
-            && let Some(peer) = self.peers.get(slot)
-        {
+        match self.handshake(slot, data, source) {
+            Ok(()) => {}
+            Err(WireGuardError::WrongTai64nTimestamp) => return self.challenge(slot, source),
+            Err(_) => return,
+        }
+        if let Some(peer) = self.peers.get(slot) {
             // The next data packet proves that the initiator has the session.
             peer.confirmed = false;
             peer.counters.rx_bytes.add(data.len() as u64);
@@ -306,6 +310,17 @@ impl Worker {
                 peer.heard = source.path();
                 self.out.event(Event::PeerActive { key, has_path: false });
             }
+        }
+    }
+
+    /// An initiation made with the peer's key is stamped no later than one before: a replay, or the peer has restarted
+    /// or its clock was set back. An initiation of our own tells them apart, since only the peer can answer it, and
+    /// it needs no later time. It goes where the message came from as well: the peer may have left its path.
+    fn challenge(&mut self, slot: u32, source: Source) {
+        let now = self.now.instant;
+        let Some(peer) = self.peers.get(slot) else { return };
+        if Peer::due(&mut peer.begun, now, BEGIN_AGAIN) {
+            self.initiate(slot, true, Some(source.path()));
         }
     }
 
@@ -320,16 +335,17 @@ impl Worker {
         }
     }
 
-    /// Gives a handshake message to the peer's state and sends the answer. False when it was refused.
+    /// Gives a handshake message to the peer's state and sends the answer; the error says why it was refused.
     ///
     /// An answer goes where the message came from, too, if that is not on the peer's path: the path may be one that
     /// the peer has left, and it waits for this answer.
-    fn handshake(&mut self, slot: u32, data: &[u8], source: Source) -> bool {
+    fn handshake(&mut self, slot: u32, data: &[u8], source: Source) -> Result<(), WireGuardError> {
         let now = self.now.instant;
-        let Some(peer) = self.peers.get(slot) else { return false };
+        let none = WireGuardError::NoCurrentSession;
+        let Some(peer) = self.peers.get(slot) else { return Err(none) };
         let key = peer.key;
         let path = if peer.path == Path::None { source.path() } else { peer.path };
-        let Some(tunn) = peer.tunn.as_deref_mut() else { return false };
+        let Some(tunn) = peer.tunn.as_deref_mut() else { return Err(none) };
         let mut refused = None;
         let sent = self.sinks.emit(path, &key, sealed_len(0), &self.out, now, |space| {
             match tunn.decapsulate(None, data, space) {
@@ -345,19 +361,34 @@ impl Worker {
         peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
         if !sent.is_empty() && !path.covers(source.path()) {
             let answer = sent.to_vec();
-            let len = answer.len();
-            self.sinks.emit(source.path(), &key, len, &self.out, now, |space| {
-                space[..len].copy_from_slice(&answer);
-                len
-            });
+            self.sinks.repeat(source.path(), &key, &answer, &self.out, now);
         }
+        let Some(error) = refused else { return Ok(()) };
         let counters = &self.shared.counters;
-        match refused {
-            None => return true,
-            Some(WireGuardError::UnderLoad) => counters.in_handshake_limited.add(1),
-            Some(_) => counters.in_invalid.add(1),
+        match error {
+            WireGuardError::UnderLoad => counters.in_handshake_limited.add(1),
+            WireGuardError::WrongTai64nTimestamp => counters.in_stale_handshake.add(1),
+            _ => counters.in_invalid.add(1),
         }
-        false
+        Err(error)
+    }
+
+    /// A packet to a 4via6 route of this node lies in the merger's space: the host gets it as IPv4.
+    fn to_site(&mut self, slot: u32, parsed: &Parsed) {
+        let source = self.peers.get(slot).and_then(|peer| peer.config.ipv4).unwrap_or(DUMMY_SOURCE);
+        let packet = &self.coalescer.space()[..parsed.len];
+        let translated = self.via.from_peer(packet, parsed, source, self.now.instant).map(<[u8]>::to_vec);
+        let counters = &self.shared.counters;
+        let Some(packet) = translated else { return counters.via_dropped.add(1) };
+        counters.via_in.add(1);
+        if !self.coalescer.has_room(packet.len()) {
+            self.flush_tun();
+        }
+        let Some(space) = self.coalescer.space().get_mut(..packet.len()) else { return };
+        space.copy_from_slice(&packet);
+        if let Some(parsed) = Parsed::new(&packet) {
+            self.coalescer.push(&parsed);
+        }
     }
 
     /// A packet of `len` bytes lies decrypted in the merger's space.
@@ -399,7 +430,11 @@ impl Worker {
         let jailed = self.peers.get(slot).is_some_and(|peer| peer.config.jailed);
         let counters = &self.shared.counters;
         let reason = match self.filter.inbound(&parsed, &mut self.flows, jailed) {
-            Verdict::Accept => return self.coalescer.push(&parsed),
+            Verdict::Accept if self.via.takes(parsed.dst) => return self.to_site(slot, &parsed),
+            Verdict::Accept => {
+                self.via.yield_to(&parsed, &self.coalescer.space()[..parsed.len]);
+                return self.coalescer.push(&parsed);
+            }
             Verdict::Drop(reason) => reason,
         };
         match reason {

@@ -14,6 +14,7 @@ use crate::packet::{Parsed, protocol};
 use crate::peers::{Identity, Peer};
 use crate::segment::{VnetHeader, segment};
 use crate::sinks::{Sinks, sealed_len};
+use crate::via::{Answer, Translator};
 
 /// Where the resolver answers.
 pub(super) const QUAD100_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100));
@@ -41,6 +42,17 @@ impl Worker {
             counters.out_filtered.add(1);
             return;
         }
+        let mut whole;
+        let (flow, header, packet) = match self.via.answer(packet, &parsed, self.now.instant) {
+            Answer::No => (None, header, packet),
+            Answer::Taken => return,
+            Answer::Of(flow) => (Some((flow, false)), header, packet),
+            Answer::Whole(flow, bytes) => {
+                whole = bytes;
+                (Some((flow, true)), VnetHeader::default(), &mut whole[..])
+            }
+        };
+        let parsed = flow.as_ref().map_or(parsed, |(flow, _)| Translator::judged(flow, &parsed));
         if self.filter.outbound(&parsed, &mut self.flows) != Verdict::Accept {
             counters.out_filtered.add(1);
             return;
@@ -52,7 +64,7 @@ impl Worker {
         if !self.prepare(slot) {
             return;
         }
-        let Self { peers, identity: Some(identity), sinks, out, shared, now, .. } = self else { return };
+        let Self { peers, identity: Some(identity), sinks, out, shared, now, via, .. } = self else { return };
         let Some(peer) = peers.get(slot) else { return };
         let counters = &shared.counters;
         if Peer::due(&mut peer.active_told, now.instant, TELL_ACTIVE) {
@@ -69,9 +81,17 @@ impl Worker {
         peer.counters.last_send.set(now.millis);
         let had_waited = peer.waiting;
         let mut packets = 0;
+        let mut refusal = None;
         let result = segment(header, packet, |packet| {
             packets += 1;
-            seal(peer, identity, sinks, out, *now, packet);
+            let mut send = |packet: &[u8]| seal(peer, identity, sinks, out, *now, packet);
+            match &flow {
+                None => send(packet),
+                Some((flow, cut)) => {
+                    counters.via_out.add(1);
+                    refusal = via.to_peer(flow, packet, *cut, send);
+                }
+            }
         });
         counters.tun_read.add(packets);
         if result.is_err() {
@@ -79,6 +99,9 @@ impl Worker {
         }
         if peer.waiting && !had_waited {
             self.note_retry(slot);
+        }
+        if let Some(refusal) = refusal {
+            self.inject(&refusal);
         }
     }
 

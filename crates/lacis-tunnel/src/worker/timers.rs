@@ -107,7 +107,7 @@ impl Worker {
                     // The one that gets a path will begin anew.
                     peer.retry = None;
                 } else {
-                    self.initiate(slot, true);
+                    self.initiate(slot, true, None);
                 }
             }
             self.note_retry(slot);
@@ -115,8 +115,8 @@ impl Worker {
         self.peers.live = live;
     }
 
-    /// Sends an initiation, with `anew` also when one is on its way.
-    pub(super) fn initiate(&mut self, slot: u32, anew: bool) {
+    /// Sends an initiation, with `anew` also when one is on its way, and by `also` where the peer's path does not lead.
+    pub(super) fn initiate(&mut self, slot: u32, anew: bool, also: Option<Path>) {
         if !self.prepare(slot) {
             return;
         }
@@ -132,6 +132,13 @@ impl Worker {
             });
         peer.counters.tx_bytes.add(sent.len() as u64);
         peer.counters.tx_packets.add(u64::from(!sent.is_empty()));
+        if let Some(also) = also
+            && !sent.is_empty()
+            && !path.covers(also)
+        {
+            let initiation = sent.to_vec();
+            self.sinks.repeat(also, &key, &initiation, &self.out, self.now.instant);
+        }
     }
 
     pub(super) fn tick(&mut self) {
