@@ -142,7 +142,7 @@ async fn serve(arguments: Arguments, proxies: Arc<Proxies>) -> Result<(), Error>
         port_search: arguments.port_search,
         proxies,
     };
-    run(options, stop, || notify(sd_notify::NotifyState::Ready)).await
+    Box::pin(run(options, stop, || notify(sd_notify::NotifyState::Ready))).await
 }
 
 /// Tells systemd, where it listens.

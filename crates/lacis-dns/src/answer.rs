@@ -89,7 +89,8 @@ pub(crate) fn decide(state: &DnsState, query: &Message) -> Decision {
 /// The address that a name says itself, such as `10-1-1-1-via-7` in the network's domain or alone.
 fn via(state: &DnsState, name: &str) -> Option<IpAddr> {
     let (label, zone) = name.split_once('.').unwrap_or((name, ""));
-    let in_domain = zone.is_empty() || (state.zone_of(name) == Some(zone) && !zone.ends_with(".arpa"));
+    let in_domain =
+        zone.is_empty() || (state.zone_of(name) == Some(zone) && !crate::state::in_zone(zone, "arpa"));
     in_domain.then(|| lacis_wire::via::parse_label(label)).flatten().map(IpAddr::V6)
 }
 

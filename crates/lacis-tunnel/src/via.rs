@@ -127,7 +127,7 @@ impl Translator {
 
     /// The IPv4 packet for a packet of a peer that the filter has let in; nothing while fragments are missing, and for
     /// what cannot be translated. `source` is the peer's own IPv4 address.
-    pub(crate) fn from_peer(
+    pub(crate) fn inbound(
         &mut self,
         packet: &[u8],
         parsed: &Parsed,
@@ -235,7 +235,7 @@ impl Translator {
 
     /// Gives the IPv6 packets for a packet of this host, whose checksum is complete. One that is too big, and must not
     /// be cut, gives an ICMP error for its sender instead. `cut`: it came in fragments.
-    pub(crate) fn to_peer(
+    pub(crate) fn outbound(
         &mut self,
         flow: &Flow,
         packet: &[u8],

@@ -271,7 +271,7 @@ mod tests {
         fn any_bytes_are_taken_without_harm(fragments in proptest::collection::vec((0_usize..9000, any::<bool>(), 0_usize..300), 0..50)) {
             let mut reassembly = Reassembly::default();
             for (offset, more, len) in fragments {
-                let packet = v6(&payload(len), offset * 8 & 0xfff8, more);
+                let packet = v6(&payload(len), (offset * 8) & 0xfff8, more);
                 if let Some(fragment) = fragment(&packet, "::1".parse().unwrap(), "::2".parse().unwrap()) {
                     reassembly.add(&fragment, &packet, Instant::now());
                 }

@@ -112,7 +112,7 @@ fn check(packet: &[u8]) -> Parsed {
 fn take(translator: &mut Translator, packet: &[u8]) -> Option<Vec<u8>> {
     let parsed = Parsed::new(packet).unwrap();
     assert!(translator.takes(parsed.dst));
-    translator.from_peer(packet, &parsed, ALICE4, Instant::now()).map(<[u8]>::to_vec)
+    translator.inbound(packet, &parsed, ALICE4, Instant::now()).map(<[u8]>::to_vec)
 }
 
 /// What the peer gets for a packet of this host, and what the host gets back.
@@ -121,8 +121,8 @@ fn give(translator: &mut Translator, packet: &[u8]) -> (Vec<Vec<u8>>, Option<Vec
     let mut sent = Vec::new();
     let each = |packet: &[u8]| sent.push(packet.to_vec());
     let back = match translator.answer(packet, &parsed, Instant::now()) {
-        Answer::Of(flow) => translator.to_peer(&flow, packet, false, each),
-        Answer::Whole(flow, whole) => translator.to_peer(&flow, &whole, true, each),
+        Answer::Of(flow) => translator.outbound(&flow, packet, false, each),
+        Answer::Whole(flow, whole) => translator.outbound(&flow, &whole, true, each),
         Answer::No | Answer::Taken => None,
     };
     (sent, back)
@@ -398,7 +398,7 @@ proptest! {
         put_ipv6(&mut packet, rest(), alice(), printer(), proto, body.len());
         packet.extend(&body);
         if let Some(parsed) = Parsed::new(&packet) {
-            translator.from_peer(&packet, &parsed, ALICE4, Instant::now());
+            translator.inbound(&packet, &parsed, ALICE4, Instant::now());
         }
         let mut packet = Vec::new();
         put_ipv4(&mut packet, rest(), PRINTER, ALICE4, proto4, body.len(), None);

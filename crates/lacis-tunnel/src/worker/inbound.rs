@@ -374,10 +374,10 @@ impl Worker {
     }
 
     /// A packet to a 4via6 route of this node lies in the merger's space: the host gets it as IPv4.
-    fn to_site(&mut self, slot: u32, parsed: &Parsed) {
+    fn translate(&mut self, slot: u32, parsed: &Parsed) {
         let source = self.peers.get(slot).and_then(|peer| peer.config.ipv4).unwrap_or(DUMMY_SOURCE);
         let packet = &self.coalescer.space()[..parsed.len];
-        let translated = self.via.from_peer(packet, parsed, source, self.now.instant).map(<[u8]>::to_vec);
+        let translated = self.via.inbound(packet, parsed, source, self.now.instant).map(<[u8]>::to_vec);
         let counters = &self.shared.counters;
         let Some(packet) = translated else { return counters.via_dropped.add(1) };
         counters.via_in.add(1);
@@ -430,7 +430,7 @@ impl Worker {
         let jailed = self.peers.get(slot).is_some_and(|peer| peer.config.jailed);
         let counters = &self.shared.counters;
         let reason = match self.filter.inbound(&parsed, &mut self.flows, jailed) {
-            Verdict::Accept if self.via.takes(parsed.dst) => return self.to_site(slot, &parsed),
+            Verdict::Accept if self.via.takes(parsed.dst) => return self.translate(slot, &parsed),
             Verdict::Accept => {
                 self.via.yield_to(&parsed, &self.coalescer.space()[..parsed.len]);
                 return self.coalescer.push(&parsed);

@@ -89,7 +89,7 @@ impl Worker {
                 None => send(packet),
                 Some((flow, cut)) => {
                     counters.via_out.add(1);
-                    refusal = via.to_peer(flow, packet, *cut, send);
+                    refusal = via.outbound(flow, packet, *cut, send);
                 }
             }
         });
