@@ -26,4 +26,4 @@ mod run;
 mod state;
 
 pub use error::Error;
-pub use run::{Options, run};
+pub use run::{Options, cleanup, run};

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use lacis_client::{Error, Options, run};
+use lacis_client::{Error, Options, cleanup, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -41,6 +41,10 @@ struct Arguments {
     /// What to log, such as `info` or `lacis_client=debug`
     #[arg(long, value_name = "FILTER", env = "LACIS_LOG", default_value = "info")]
     log: String,
+    /// Puts this host back after a lacisd that was killed, and ends. With an exit node nothing leaves until then, or
+    /// until lacisd is started again
+    #[arg(long)]
+    cleanup: bool,
 }
 
 /// A configuration that does not heal by trying again (`EX_CONFIG`).
@@ -101,6 +105,18 @@ fn main() -> ExitCode {
 }
 
 async fn serve(arguments: Arguments) -> Result<(), Error> {
+    let options = Options {
+        state_dir: arguments.state_dir,
+        socket: arguments.socket,
+        tun: arguments.tun,
+        port: arguments.port,
+        endpoints: arguments.endpoint,
+        port_mapping: arguments.port_mapping,
+        port_search: arguments.port_search,
+    };
+    if arguments.cleanup {
+        return cleanup(&options).await;
+    }
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
@@ -115,15 +131,6 @@ async fn serve(arguments: Arguments) -> Result<(), Error> {
             stop.cancel();
         }
     });
-    let options = Options {
-        state_dir: arguments.state_dir,
-        socket: arguments.socket,
-        tun: arguments.tun,
-        port: arguments.port,
-        endpoints: arguments.endpoint,
-        port_mapping: arguments.port_mapping,
-        port_search: arguments.port_search,
-    };
     run(options, stop, || notify(sd_notify::NotifyState::Ready)).await
 }
 
