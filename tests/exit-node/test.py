@@ -35,6 +35,37 @@ def forwarding(machine, on):
     machine.succeed(f"echo {on} > /proc/sys/net/ipv4/ip_forward; echo {on} > /proc/sys/net/ipv6/conf/all/forwarding")
 
 
+# Sends to whoever is named, by UDP, every two milliseconds until it is stopped; what is refused is tried again.
+FLOOD = """
+import itertools, socket, sys, time
+ways = [(socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM), ip) for ip in sys.argv[1:]]
+print("ready", flush=True)
+for n in itertools.count():
+    for way, ip in ways:
+        try:
+            way.sendto(b"?", (ip, 9))
+        except OSError:
+            pass
+    if n % 50 == 0:
+        # New sockets ask for the way again.
+        for index, (way, ip) in enumerate(ways):
+            way.close()
+            ways[index] = (socket.socket(way.family, socket.SOCK_DGRAM), ip)
+    time.sleep(0.002)
+"""
+BOTH = "for f in 4 6; do {}; done"
+# What other programs sweep away at once.
+SWEEPS = {
+    "a rule": BOTH.format("ip -$f rule del pref 5270"),
+    "the rules": BOTH.format("for p in 5210 5230 5250 5270 5280; do ip -$f rule del pref $p; done"),
+    "the table": BOTH.format("ip -$f route flush table 52"),
+    "the guard's table": BOTH.format("ip -$f route flush table 5252"),
+    "nftables": "nft flush ruleset",
+    "the device": "ip link set lacis0 down",
+    "the addresses": "ip address flush dev lacis0 scope global",
+}
+
+
 def past():
     """How many packets of home's have gone to web past the exit node."""
     return sum(map(int, re.findall(r"counter packets (\d+)", home.succeed("nft list table inet watch"))))
@@ -177,6 +208,79 @@ with subtest("alice's daemon restarts: the choice stays, and nothing goes past")
     wait_for(lambda: reaches(alice, webs[0], limit=3), "alice reaches web", timeout=30)
     leaves_by(alice, by_gate)
     assert past() == began, f"{past() - began} packets went past the exit node"
+
+def swept(sweeps):
+    """Sweeps away what there is, one after the other, while alice sends; nothing of that may leave beside the exit node."""
+    for what, sweep in sweeps.items():
+        before, began = home_of(alice), past()
+        alice.succeed(sweep)
+        # It is a guard that lets nothing out meanwhile, not the speed of the repair.
+        began_at = time.monotonic()
+        while home_of(alice) != before:
+            assert time.monotonic() - began_at < SOON, f"{what}: not back after {SOON} s"
+        log.info(f"      {what}: back after less than {time.monotonic() - began_at:.2f} s")
+        assert past() == began, f"{what}: {past() - began} packets went past the exit node"
+        wait_for(lambda: reaches(alice, webs[0], limit=3), "alice reaches web", timeout=20)
+
+
+def home_of(machine):
+    """What lacisd has set on a host."""
+    look = "ip -$f rule; ip -$f route show table 52; ip -$f route show table 5252"
+    look = f"{BOTH.format(look)}; nft list ruleset; ip -br address show dev lacis0 scope global"
+    return sorted(line.strip() for line in machine.succeed(look).splitlines())
+
+
+with subtest("swept away, nothing leaves beside it"):
+    put(alice, "/tmp/flood.py", FLOOD)
+    alice.succeed(f"python3 /tmp/flood.py {' '.join(webs)} > /tmp/flood.log 2>&1 & echo $! > /tmp/flood.pid")
+    alice.wait_until_succeeds("grep ready /tmp/flood.log", timeout=10)
+    swept(SWEEPS)
+
+with subtest("nor where lacisd leaves the firewall alone"):
+    alice.succeed("lacis set --netfilter-mode=off")
+    wait_for(lambda: "lacis" not in alice.succeed("nft list ruleset"), "the firewall is left alone")
+    swept({what: sweep for what, sweep in SWEEPS.items() if what != "the rules"})
+    alice.succeed("lacis set --netfilter-mode=on")
+    wait_for(lambda: "guard" in alice.succeed("nft list ruleset"), "the firewall is set up again")
+
+with subtest("nor for programs that choose the device"):
+    began = past()
+    for host in webs:
+        alice.fail(f"ping -I eth0 -c 2 -i 0.2 -W 1 {host}")
+    assert past() == began, f"{past() - began} packets went past the exit node"
+
+with subtest("killed, or without its device, alice's daemon leaves the guard behind"):
+    kill = lambda: alice.systemctl("kill --signal=SIGKILL lacisd.service")
+    ends = {"killed": kill, "without its device": lambda: alice.succeed("ip link del lacis0")}
+    for end, act in ends.items():
+        began = past()
+        act()
+        alice.wait_until_fails("ip link show lacis0", timeout=5)
+        for host in webs:
+            assert not reaches(alice, host, limit=0.3)
+        wait_for(lambda: "default" in routes(alice), f"{end}, alice has its routes again", timeout=20)
+        wait_for(lambda: reaches(alice, webs[0], limit=3), f"{end}, alice reaches web", timeout=20)
+        assert past() == began, f"{end}: {past() - began} packets went past the exit node"
+    alice.succeed("kill $(cat /tmp/flood.pid)")
+    leaves_by(alice, by_gate)
+
+with subtest("killed, and not started again: nothing leaves until --cleanup has put everything back"):
+    began = past()
+    kill()
+    alice.systemctl("stop lacisd.service")
+    # Unless it was started once more before it was stopped.
+    if alice.execute("ip rule | grep -q 5270")[0] == 0:
+        is_cut_off(alice)
+        assert past() == began, f"{past() - began} packets went past the exit node"
+    alice.succeed("lacisd --cleanup")
+    # Without the device, too.
+    assert host_routes(alice) == [line for line in without if "lacis0" not in line]
+    assert alice.succeed(valid_mark) == mark_without
+    assert "lacis" not in alice.succeed("nft list ruleset; cat /etc/resolv.conf")
+    leaves_by(alice, by_itself)
+    alice.systemctl("start lacisd.service")
+    wait_for(lambda: reaches(alice, webs[0], limit=3), "alice reaches web", timeout=30)
+    leaves_by(alice, by_gate)
 
 with subtest("the exit node dies: nothing leaves"):
     began, heard = past(), web.succeed("wc -l < /tmp/mirror.log")

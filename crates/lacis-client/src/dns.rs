@@ -199,7 +199,7 @@ mod tests {
         };
         let base: [SocketAddr; 2] = ["192.168.1.1:53".parse().unwrap(), "198.51.100.53:53".parse().unwrap()];
         let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
-        let subnets = Routes { device: nets(&["10.1.0.0/16", "100.64.0.2/32"]), thrown: Vec::new() };
+        let subnets = Routes { device: nets(&["10.1.0.0/16", "100.64.0.2/32"]), ..Routes::default() };
         let around = Surroundings { base: &base, routes: &subnets, exit: false, control: "Mesh.example.org" };
         let plain = state_in(config(), &around);
         let resolvers = ["10.1.0.53", "203.0.113.53", "192.168.1.1", "198.51.100.53"];
@@ -208,8 +208,11 @@ mod tests {
         assert_eq!(plain.outside, ["mesh.example.org"]);
         assert!(plain.resolvers.is_empty());
 
-        let everything =
-            Routes { device: nets(&["0.0.0.0/0", "10.1.0.0/16"]), thrown: nets(&["203.0.113.0/24"]) };
+        let everything = Routes {
+            device: nets(&["0.0.0.0/0", "10.1.0.0/16"]),
+            thrown: nets(&["203.0.113.0/24"]),
+            guard: true,
+        };
         let exit = state_in(config(), &Surroundings { routes: &everything, exit: true, ..around });
         let expected = [true, false, false, true];
         assert_eq!(inside(&exit), expected, "neither a LAN's own resolver nor one past the table");

@@ -408,6 +408,9 @@ impl Engine {
             }
             self.settle();
         };
+        if ended.is_err() {
+            self.host.abandon();
+        }
         self.control = None;
         self.relays.set_identity(None);
         self.remember_ways();

@@ -47,6 +47,12 @@ pub enum Error {
     StateDirShared { path: PathBuf },
     #[error("{} is in the way of the local API's socket and is no socket: name another path with --socket", path.display())]
     NoSocket { path: PathBuf },
+    #[error(
+        "a lacisd runs with the device {tun}: it puts this host back itself when it is stopped (`systemctl stop lacisd`)"
+    )]
+    Running { tun: String },
+    #[error("--cleanup changes routes, rules and the firewall, which needs CAP_NET_ADMIN: run it as root")]
+    NotAllowed,
     #[error("waiting for signals: {0}")]
     Signals(io::Error),
 }

@@ -5,6 +5,7 @@
 mod direct;
 mod firewall;
 pub(crate) mod forwarding;
+mod monitor;
 mod network;
 mod nft;
 mod repairs;
@@ -12,14 +13,17 @@ mod resolv_conf;
 mod resolvconf;
 mod resolved;
 mod resolver;
+mod rules;
 mod watch;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
 use lacis_dns::OsDns;
+use tokio::sync::Notify;
 
 pub use firewall::{Firewall, Mode};
 use network::Network;
@@ -37,6 +41,10 @@ pub struct HostOptions {
     pub fwmark: u32,
     pub fwmark_mask: u32,
     pub table: u32,
+    /// The table that refuses what should leave by an exit node, and would not.
+    pub guard_table: u32,
+    /// The MTU that the tunnel gives its device.
+    pub mtu: u32,
     pub resolv_conf: PathBuf,
 }
 
@@ -47,6 +55,8 @@ impl Default for HostOptions {
             fwmark: 0x80000,
             fwmark_mask: 0xff_0000,
             table: 52,
+            guard_table: 5252,
+            mtu: lacis_tunnel::DEFAULT_MTU.into(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
         }
     }
@@ -69,6 +79,8 @@ pub struct Routes {
     pub device: Vec<IpNet>,
     /// Destinations for which the host's other tables are asked, whatever leads into the device.
     pub thrown: Vec<IpNet>,
+    /// An exit node is in use: what does not leave by the device, and is not thrown, does not leave.
+    pub guard: bool,
 }
 
 /// What was done, as far as somebody should know.
@@ -76,7 +88,7 @@ pub struct Routes {
 pub struct Report {
     /// What did not work and does not stop the rest.
     pub warnings: Vec<String>,
-    /// What the host itself lacks to do what is wished, and how to mend it.
+    /// What the host itself lacks, or other programs have done to it, and how to mend it.
     pub missing: Vec<String>,
     /// Changes made to addresses, routes, rules and the firewall.
     pub changes: usize,
@@ -91,6 +103,16 @@ pub enum HostError {
     Netlink { doing: String, source: rtnetlink::Error },
     #[error("there is no device {0}")]
     NoDevice(String),
+    #[error("the device {name} is called {now} now: `ip link set {now} name {name}`")]
+    Renamed { name: String, now: String },
+}
+
+/// Has a running daemon opened the device?
+///
+/// # Errors
+/// When netlink is out of reach.
+pub async fn is_in_use(options: &HostOptions) -> Result<bool, HostError> {
+    Ok(Network::open(options.clone())?.is_in_use().await)
 }
 
 /// The host.
@@ -112,15 +134,16 @@ pub struct Host {
 }
 
 impl Host {
-    /// Looks around; repairs what a daemon that crashed left behind.
+    /// Looks around. What a daemon that was killed has left stays until it is known what is wanted, so that an exit
+    /// node's guard has no gap; only the resolver is put back.
     ///
     /// # Errors
     /// When netlink is out of reach.
     pub async fn new(options: HostOptions) -> Result<Self, HostError> {
         let resolver = OsResolver::detect(&options).await;
         tracing::info!(resolver = resolver.name(), "this host's resolver");
-        let mut firewall = Nft::new(&options.tun_name, options.fwmark, options.fwmark_mask);
-        firewall.clean().await;
+        let firewall = Nft::new(&options.tun_name, options.fwmark, options.fwmark_mask);
+        let set_valid_mark = firewall.has_set_valid_mark().await;
         Ok(Self {
             device: options.tun_name.clone(),
             network: Network::open(options)?,
@@ -130,26 +153,53 @@ impl Host {
             missing: Vec::new(),
             told: None,
             said_unguarded: false,
-            set_valid_mark: false,
+            set_valid_mark,
         })
+    }
+
+    /// The tunnel has opened the device with this index. The notification is sent whenever another program may have
+    /// changed what is ours; then it is time to [`Host::repair`].
+    pub fn watch(&mut self, device: u32) -> Arc<Notify> {
+        self.network.watch(device, self.firewall.table())
     }
 
     /// Makes the host look like this. Doing it twice changes nothing.
     ///
     /// # Errors
-    /// When addresses, routes or rules cannot be set. Trouble with the firewall and the resolver is a warning.
+    /// When addresses, routes or rules cannot be set; the rest is done nevertheless. What fails of the firewall and
+    /// the resolver is a warning.
     pub async fn apply(&mut self, state: &HostState) -> Result<Report, HostError> {
-        let mut report = self.network.apply(&state.addresses, &state.routes).await?;
-        self.guard(state, &mut report).await;
-        self.follow_resolver(state.dns.as_ref(), &mut report).await;
         self.applied = Some(state.clone());
+        self.follow(state).await
+    }
+
+    async fn follow(&mut self, state: &HostState) -> Result<Report, HostError> {
+        let mut done = self.apply_network(state).await;
+        let mut lost = Report::default();
+        self.follow_resolver(state.dns.as_ref(), done.as_mut().unwrap_or(&mut lost)).await;
+        done
+    }
+
+    async fn apply_network(&mut self, state: &HostState) -> Result<Report, HostError> {
+        let network = self.network.apply(&state.addresses, &state.routes).await;
+        let mut report = Report::default();
+        self.guard(state, &mut report).await;
+        let network = network?;
+        report.changes += network.changes;
+        self.missing.extend(network.missing);
         Ok(report)
     }
 
     /// The firewall, and what else stands in the way of forwarded packets.
     async fn guard(&mut self, state: &HostState, report: &mut Report) {
-        let wish = &state.firewall;
-        let applied = match self.firewall.apply(wish).await {
+        let mut wish = state.firewall.clone();
+        if wish.guard.is_some() && wish.mode != Mode::Off {
+            wish.neighbours = self.network.neighbours().await;
+            wish.bridges = forwarding::filtered_bridges();
+        }
+        let marks_count = || std::fs::read_to_string(VALID_MARK).is_ok_and(|text| text.trim() != "0");
+        wish.sets_valid_mark = wish.needs_valid_mark() && (self.set_valid_mark || !marks_count());
+        let applied = match self.firewall.apply(&wish).await {
             Ok(changed) => {
                 report.changes += usize::from(changed);
                 self.said_unguarded = false;
@@ -166,10 +216,18 @@ impl Host {
             }
         };
         let marks_kept = applied && wish.keep_marks;
-        if marks_kept && !self.set_valid_mark {
-            self.set_valid_mark = set_valid_mark();
+        if !wish.needs_valid_mark() {
+            self.put_valid_mark_back();
+        } else if marks_kept && wish.sets_valid_mark && !marks_count() {
+            self.set_valid_mark = write_valid_mark("1");
         }
         self.missing = self.missing(state, marks_kept).await;
+    }
+
+    fn put_valid_mark_back(&mut self) {
+        if std::mem::take(&mut self.set_valid_mark) {
+            write_valid_mark("0");
+        }
     }
 
     /// What the host lacks, in words.
@@ -228,22 +286,12 @@ impl Host {
     }
 
     /// Puts back what other programs have changed meanwhile.
-    pub async fn repair(&mut self) -> Report {
-        let Some(state) = self.applied.clone() else { return Report::default() };
-        let done = self.network.apply(&state.addresses, &state.routes).await;
-        let mut report = done.unwrap_or_else(|error| {
-            tracing::warn!(%error, "addresses, routes and rules are not as they should be");
-            Report::default()
-        });
-        self.guard(&state, &mut report).await;
-        if report.changes > 0 {
-            tracing::warn!(
-                changes = report.changes,
-                "another program had changed addresses, routes, rules or the firewall"
-            );
-        }
-        self.follow_resolver(state.dns.as_ref(), &mut report).await;
-        report
+    ///
+    /// # Errors
+    /// When addresses, routes or rules cannot be set; the rest is done nevertheless.
+    pub async fn repair(&mut self) -> Result<Report, HostError> {
+        let Some(state) = self.applied.clone() else { return Ok(Report::default()) };
+        self.follow(&state).await
     }
 
     /// Follows a change of the files that say whom programs of this host ask, and only that.
@@ -265,7 +313,7 @@ impl Host {
         self.applied.as_ref().and_then(|_| self.resolver.due())
     }
 
-    /// Undoes everything. Goes on whatever fails: there is nobody left to ask.
+    /// Undoes everything, also what an earlier daemon has left. Goes on whatever fails.
     pub async fn revert(&mut self) {
         self.applied = None;
         self.missing.clear();
@@ -274,11 +322,19 @@ impl Host {
             tracing::warn!(%error, "this host's resolver is not as it was");
         }
         self.network.revert().await;
+        self.put_valid_mark_back();
         self.firewall.clean().await;
-        if std::mem::take(&mut self.set_valid_mark)
-            && let Err(error) = std::fs::write(VALID_MARK, "0")
-        {
-            tracing::debug!(%error, "{VALID_MARK} is left as it is");
+    }
+
+    /// The daemon has failed and will be started again: as [`Host::revert`], unless an exit node is in use. Then all
+    /// stays, and nothing leaves beside it meanwhile.
+    pub async fn abandon(&mut self) {
+        if self.applied.as_ref().is_some_and(|state| state.routes.guard) {
+            tracing::warn!(
+                "an exit node is in use: nothing leaves this host until lacisd runs again, or `lacisd --cleanup` has put it back"
+            );
+        } else {
+            self.revert().await;
         }
     }
 
@@ -288,16 +344,12 @@ impl Host {
     }
 }
 
-/// Lets reverse-path filters see marks. Returns whether it was this that did it.
-fn set_valid_mark() -> bool {
-    let on = std::fs::read_to_string(VALID_MARK).is_ok_and(|text| text.trim() != "0");
-    if on {
-        return false;
-    }
-    let done = std::fs::write(VALID_MARK, "1");
+/// Whether reverse-path filters see marks. Returns whether that could be set.
+fn write_valid_mark(value: &str) -> bool {
+    let done = std::fs::write(VALID_MARK, value);
     if let Err(error) = &done {
         // Of no consequence unless a filter is strict, and then the user is told what to do.
-        tracing::debug!(%error, "{VALID_MARK} cannot be set");
+        tracing::debug!(%error, "{VALID_MARK} cannot be set to {value}");
     }
     done.is_ok()
 }

@@ -27,4 +27,4 @@ mod state;
 mod uapi;
 
 pub use error::Error;
-pub use run::{Options, run};
+pub use run::{Options, cleanup, run};

@@ -38,8 +38,8 @@ const RETRY: Duration = Duration::from_secs(2);
 const KEPT: usize = 8;
 /// Somewhere on the internet, where nobody has a route of his own to: both are of withdrawn special ranges (RFC 7526,
 /// RFC 4843). Nothing is ever sent there.
-const SOMEWHERE_V4: Ipv4Addr = Ipv4Addr::new(192, 88, 99, 1);
-const SOMEWHERE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0x10, 0, 0, 0, 0, 0, 1);
+pub(crate) const SOMEWHERE_V4: Ipv4Addr = Ipv4Addr::new(192, 88, 99, 1);
+pub(crate) const SOMEWHERE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0x10, 0, 0, 0, 0, 0, 1);
 
 /// The way to the internet in one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

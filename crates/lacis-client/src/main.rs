@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use lacis_client::{Error, Options, run};
+use lacis_client::{Error, Options, cleanup, run};
 use lacis_wire::io::Proxies;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,10 @@ struct Arguments {
     /// What to log, such as `info` or `lacis_client=debug`
     #[arg(long, value_name = "FILTER", env = "LACIS_LOG", default_value = "info")]
     log: String,
+    /// Puts this host back after a lacisd that was killed, and ends. With an exit node nothing leaves until then, or
+    /// until lacisd is started again
+    #[arg(long)]
+    cleanup: bool,
 }
 
 /// What the environment says, beside options.
@@ -118,6 +122,19 @@ fn main() -> ExitCode {
 }
 
 async fn serve(arguments: Arguments, proxies: Arc<Proxies>) -> Result<(), Error> {
+    let options = Options {
+        state_dir: arguments.state_dir,
+        socket: arguments.socket,
+        tun: arguments.tun,
+        port: arguments.port,
+        endpoints: arguments.endpoint,
+        port_mapping: arguments.port_mapping,
+        port_search: arguments.port_search,
+        proxies,
+    };
+    if arguments.cleanup {
+        return cleanup(&options).await;
+    }
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
@@ -132,16 +149,6 @@ async fn serve(arguments: Arguments, proxies: Arc<Proxies>) -> Result<(), Error>
             stop.cancel();
         }
     });
-    let options = Options {
-        state_dir: arguments.state_dir,
-        socket: arguments.socket,
-        tun: arguments.tun,
-        port: arguments.port,
-        endpoints: arguments.endpoint,
-        port_mapping: arguments.port_mapping,
-        port_search: arguments.port_search,
-        proxies,
-    };
     Box::pin(run(options, stop, || notify(sd_notify::NotifyState::Ready))).await
 }
 

@@ -171,11 +171,15 @@ pub(crate) fn host_routes(map: &NetMap, prefs: &Prefs, lan: &Lan) -> Routes {
     thrown.extend(own.iter().filter(|own| device.iter().any(|net| net.contains(*own))));
     thrown.retain(|net| !nodes.contains(net));
     device.retain(|net| !thrown.contains(net));
-    Routes { device: device.into_iter().collect(), thrown: thrown.into_iter().collect() }
+    Routes {
+        device: device.into_iter().collect(),
+        thrown: thrown.into_iter().collect(),
+        guard: wants_exit(prefs),
+    }
 }
 
-/// What the firewall is asked for. `ports` are the tunnel's, of both families; 0 for none.
-pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, ports: (u16, u16)) -> Firewall {
+/// What the firewall is asked for, with these routes. `ports` are the tunnel's, of both families; 0 for none.
+pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, routes: &Routes, ports: (u16, u16)) -> Firewall {
     let beyond_nodes =
         |peer: &Node| accepted_ips(peer, prefs).iter().any(|net| !peer.addresses.contains(net));
     let mut ports = vec![ports.0, ports.1];
@@ -192,6 +196,8 @@ pub(crate) fn firewall(map: &NetMap, prefs: &Prefs, ports: (u16, u16)) -> Firewa
         stateful: prefs.no_stateful_filtering == Some(false),
         keep_marks: wants_exit(prefs) || map.peers.values().any(|peer| beyond_nodes(peer)),
         ports,
+        guard: routes.guard.then(|| routes.thrown.clone()),
+        ..Firewall::default()
     }
 }
 
@@ -413,6 +419,7 @@ mod tests {
                         );
                     }
                     assert_eq!(has(&routes.device, "::/0"), wants_exit(&prefs));
+                    assert_eq!(routes.guard, wants_exit(&prefs));
                 }
             }
         }
@@ -420,11 +427,14 @@ mod tests {
 
     #[test]
     fn marks_are_kept_only_where_routes_may_catch_the_daemons_own_packets() {
-        let wish = |prefs: &Prefs| firewall(&map(), prefs, (41641, 41641));
+        let wish =
+            |prefs: &Prefs| firewall(&map(), prefs, &host_routes(&map(), prefs, &lan()), (41641, 41641));
         assert!(!wish(&Prefs::default()).keep_marks);
         assert!(wish(&exit()).keep_marks);
         assert!(wish(&Prefs { route_all: true, ..Prefs::default() }).keep_marks);
         assert_eq!(wish(&exit()).ports, [41641]);
+        assert_eq!(wish(&exit()).guard, Some(nets(&["172.17.0.0/16"])), "containers stay reachable");
+        assert_eq!(wish(&Prefs { route_all: true, ..Prefs::default() }).guard, None);
         assert!(wish(&exit()).masquerade && !wish(&exit()).stateful);
         let modes = [(netfilter_mode::OFF, Mode::Off), (netfilter_mode::NO_DIVERT, Mode::NoDivert)];
         for (number, mode) in modes.into_iter().chain([(netfilter_mode::ON, Mode::On)]) {
@@ -436,7 +446,7 @@ mod tests {
     fn a_4via6_route_is_forwarded_as_ipv4_and_its_peers_without_ipv4_have_a_stand_in() {
         let routes = nets(&["fd7a:115c:a1e0:b1a:0:7:a01:0/112", "fd00:1::/64"]);
         let prefs = Prefs { advertise_routes: routes, ..Prefs::default() };
-        assert_eq!(firewall(&map(), &prefs, (1, 1)).routed, nets(&["10.1.0.0/16", "fd00:1::/64"]));
+        assert_eq!(firewall(&map(), &prefs, &Routes::default(), (1, 1)).routed, nets(&["10.1.0.0/16", "fd00:1::/64"]));
         let mut map = map();
         assert!(!has(&host_routes(&map, &prefs, &lan()).device, "192.0.0.8/32"));
         let only_v6 = Node { id: NodeId(9), addresses: nets(&["fd7a:115c:a1e0::9/128"]), ..Node::default() };

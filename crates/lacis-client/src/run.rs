@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bus::Bus;
 use crate::engine::{self, Engine, EngineHandle, Inputs, Parts, PathOptions};
-use crate::host::{Host, HostOptions};
+use crate::host::{Host, HostOptions, is_in_use};
 use crate::host_task::HostTask;
 use crate::localapi::Socket;
 use crate::netcheck::StunProbes;
@@ -60,13 +60,7 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     if fwmark.is_none() {
         tracing::warn!("sockets cannot be marked (CAP_NET_ADMIN): an exit node cannot be used");
     }
-    let host = Host::new(HostOptions {
-        tun_name: options.tun.clone(),
-        fwmark: FWMARK,
-        table: TABLE,
-        ..HostOptions::default()
-    })
-    .await?;
+    let host = Host::new(host_options(&options)).await?;
     let port = if options.port == 0 { saved.port } else { options.port };
     let config = TunnelConfig { tun_name: options.tun.clone(), port, fwmark, ..TunnelConfig::default() };
     let resolver = lacis_dns::Resolver::new(lacis_dns::Options { fwmark });
@@ -85,7 +79,7 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
     tokio::spawn(engine::serve_quad100(outputs.quad100, tunnel.clone(), resolver.clone(), stop.clone()));
     let (host_sender, host_news) = mpsc::channel(NEWS);
     let returns = saved.prefs.want_running && dir.has_netmap();
-    let (host, host_end) = HostTask::start(host, host_sender);
+    let (host, host_end) = HostTask::start(host, tunnel.tun_index(), host_sender);
     let mut tried = host.tried();
     let port_map = PortMap::start(tunnel.udp_port().0, tunnel.tun_index(), fwmark, options.port_mapping);
     let links = links::watch(tunnel.tun_index(), fwmark);
@@ -154,6 +148,36 @@ pub async fn run(options: Options, stop: CancellationToken, ready: impl FnOnce()
         let _ = uapi.await;
     }
     ended
+}
+
+/// Puts back what a daemon that was killed, or cannot be started again, has left on this host.
+///
+/// # Errors
+/// When a daemon runs with these options, or what is needed is not allowed.
+pub async fn cleanup(options: &Options) -> Result<(), Error> {
+    if !may_mark() {
+        return Err(Error::NotAllowed);
+    }
+    let host = host_options(options);
+    let running = || Error::Running { tun: options.tun.clone() };
+    // A state directory that is not there has no daemon, and none is made.
+    let dir = options.state_dir.exists().then(|| StateDir::open(&options.state_dir)).transpose();
+    let _lock =
+        dir.map_err(|error| if matches!(error, Error::StateInUse { .. }) { running() } else { error })?;
+    if is_in_use(&host).await? {
+        return Err(running());
+    }
+    Host::new(host).await?.revert().await;
+    Ok(())
+}
+
+fn host_options(options: &Options) -> HostOptions {
+    HostOptions {
+        tun_name: options.tun.clone(),
+        fwmark: FWMARK,
+        table: TABLE,
+        ..HostOptions::default()
+    }
 }
 
 /// Can this process send from ports below 1024? A taken port says yes as well.

@@ -69,6 +69,7 @@ fn wish() -> HostState {
         routes: Routes {
             device: nets(&["100.64.0.2/32", "0.0.0.0/0", "::/0"]),
             thrown: nets(&["10.9.0.0/24", "2001:db8:9::/64"]),
+            guard: true,
         },
         firewall: Firewall {
             mode: Mode::On,
@@ -77,6 +78,8 @@ fn wish() -> HostState {
             stateful: true,
             keep_marks: true,
             ports: vec![41641],
+            guard: Some(nets(&["10.9.0.0/24", "2001:db8:9::/64"])),
+            ..Firewall::default()
         },
         dns: None,
     }
@@ -92,7 +95,7 @@ fn device() {
         "link set lo up",
         "link add lacis0 type veth peer name other",
         "link set other up",
-        "link set lacis0 up",
+        "link set lacis0 mtu 1280 up",
     ] {
         done(&format!("ip {line}"));
     }
@@ -106,7 +109,13 @@ fn everything() -> String {
             .filter(|line| !line.starts_with("Error") && !line.starts_with("Dump"))
             .collect::<String>()
     };
-    let routes = ["ip route show table 52", "ip -6 route show table 52"].map(table);
+    let tables = [
+        "ip route show table 52",
+        "ip -6 route show table 52",
+        "ip route show table 5252",
+        "ip -6 route show table 5252",
+    ];
+    let routes = tables.map(table);
     let rest = ["ip rule", "ip -6 rule", "nft list ruleset"].map(done);
     [routes.as_slice(), rest.as_slice()].concat().join("--\n")
 }
@@ -142,14 +151,14 @@ async fn the_host_is_set_up_once_repaired_and_put_back() {
     assert_eq!(valid_mark().trim(), "1");
 
     assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
-    assert_eq!(host.repair().await.changes, 0);
+    assert_eq!(host.repair().await.expect("repaired").changes, 0);
     let set_up = everything();
     done("nft flush ruleset");
     done("ip route del throw 10.9.0.0/24 table 52");
-    assert_eq!(host.repair().await.changes, 2);
+    assert_eq!(host.repair().await.expect("repaired").changes, 2);
     assert_eq!(everything(), set_up);
     done("nft add rule inet lacis hook-input accept");
-    assert_eq!(host.repair().await.changes, 1);
+    assert_eq!(host.repair().await.expect("repaired").changes, 1);
     assert_eq!(everything(), set_up);
 
     host.revert().await;
@@ -158,22 +167,252 @@ async fn the_host_is_set_up_once_repaired_and_put_back() {
 }
 
 #[tokio::test]
-async fn what_a_crash_has_left_is_cleared_away() {
-    if outside("what_a_crash_has_left_is_cleared_away") {
+async fn what_a_killed_daemon_has_left_stays_until_the_next_one_knows_what_is_wanted() {
+    if outside("what_a_killed_daemon_has_left_stays_until_the_next_one_knows_what_is_wanted") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    device();
+    let before = everything();
+    let valid_mark =
+        || std::fs::read_to_string(setting("net.ipv4.conf.all.src_valid_mark")).expect("a setting");
+    let leave = async || {
+        let mut killed = host(dir.path()).await;
+        killed.apply(&wish()).await.expect("it is set up");
+        drop(killed);
+        done("ip link del lacis0");
+    };
+    leave().await;
+    let mut next = host(dir.path()).await;
+    assert!(!reaches("198.51.100.1") && !reaches("2001:db8:7::1") && everything().contains("jump guard"));
+    device();
+    let plain = HostState { routes: Routes::default(), firewall: Firewall::default(), ..wish() };
+    next.apply(&plain).await.expect("it is set up");
+    assert_eq!(run("ip route show table 52").1.lines().filter(|line| !line.starts_with("Error")).count(), 0);
+    assert!(!everything().contains("lacis"), "{}", everything());
+    assert_eq!(valid_mark().trim(), "0");
+    next.revert().await;
+    assert_eq!(everything(), before);
+
+    // With another state directory, and nothing wanted at all.
+    leave().await;
+    assert_eq!(valid_mark().trim(), "1");
+    let other = tempfile::tempdir().expect("a folder");
+    host(other.path()).await.revert().await;
+    assert_eq!(everything(), before);
+    assert_eq!(valid_mark().trim(), "0");
+}
+
+/// A way out beside the mesh.
+fn uplink() {
+    for line in [
+        "link add eth0 type veth peer name router",
+        "link set router up",
+        "link set eth0 up",
+        "address add 192.168.1.2/24 dev eth0",
+        "address add 2001:db8:1::2/64 dev eth0 nodad",
+        "route add default via 192.168.1.1",
+        "-6 route add default via 2001:db8:1::1",
+    ] {
+        done(&format!("ip {line}"));
+    }
+}
+
+/// Does a packet to there leave by the ordinary way, as far as routes say?
+fn reaches(ip: &str) -> bool {
+    run(&format!("ip route get {ip}")).1.contains("dev eth0")
+}
+
+#[tokio::test]
+async fn with_an_exit_node_no_single_sweep_opens_a_way_beside_it() {
+    if outside("with_an_exit_node_no_single_sweep_opens_a_way_beside_it") {
+        return;
+    }
+    device();
+    uplink();
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+    // The routes alone must do: this host has no firewall of ours.
+    let wish = HostState { firewall: Firewall::default(), ..wish() };
+    host.apply(&wish).await.expect("it is set up");
+    let set_up = everything();
+    for sweep in [
+        "ip -4 rule del pref 5270; ip -6 rule del pref 5270",
+        "ip -4 rule del pref 5280; ip -6 rule del pref 5280",
+        "ip -4 route flush table 52; ip -6 route flush table 52",
+        "ip -4 route flush table 5252; ip -6 route flush table 5252",
+        "ip link set lacis0 down",
+        "ip link set lacis0 mtu 600",
+    ] {
+        let mtu = "ip link set lacis0 mtu 1280";
+        sweep.split("; ").for_each(|line| drop(done(line)));
+        for ip in ["198.51.100.1", "2001:db8:7::1"] {
+            assert!(!reaches(ip), "{ip} after {sweep}");
+        }
+        for (ip, family) in [("10.9.0.7", "-4"), ("2001:db8:9::7", "-6")] {
+            assert!(reaches(ip), "{ip} is thrown, after {sweep}");
+            let marked = format!("ip {family} route get {ip} mark 0x80000");
+            assert!(done(&marked).contains("dev eth0"), "{sweep}");
+        }
+        done(mtu);
+        host.repair().await.expect("repaired");
+        assert_eq!(everything(), set_up, "{sweep}");
+    }
+    host.revert().await;
+    assert!(reaches("198.51.100.1") && reaches("2001:db8:7::1"));
+}
+
+#[tokio::test]
+async fn rules_that_take_the_meshs_packets_are_passed_and_named() {
+    if outside("rules_that_take_the_meshs_packets_are_passed_and_named") {
+        return;
+    }
+    device();
+    uplink();
+    done("ip tuntap add wg0 mode tun");
+    done("ip address add 10.99.0.2/32 dev wg0");
+    done("ip link set wg0 up");
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut host = host(dir.path()).await;
+    let wish = HostState {
+        routes: Routes { device: nets(&["100.64.0.2/32", "fd7a:115c:a1e0::2/128"]), ..Routes::default() },
+        firewall: Firewall::default(),
+        ..wish()
+    };
+    host.apply(&wish).await.expect("it is set up");
+    let set_up = everything();
+    let to = |line: &str| {
+        let said = done(&format!("ip route get {line}"));
+        said.split(" dev ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or("nothing").to_owned()
+    };
+    let sound = || {
+        assert_eq!(to("100.64.0.2"), "lacis0");
+        assert_eq!(to("fd7a:115c:a1e0::2"), "lacis0");
+        assert_eq!(to("198.51.100.1 mark 0x80000"), "eth0");
+        assert_eq!(to("2001:db8:7::1 mark 0x80000"), "eth0");
+    };
+    sound();
+    // As wg-quick does it with 0.0.0.0/0.
+    let full_tunnel = |what: &str| {
+        for family in ["-4", "-6"] {
+            done(&format!("ip {family} rule {what} not fwmark 51820 table 51820"));
+            done(&format!("ip {family} rule {what} table main suppress_prefixlength 0"));
+        }
+    };
+    full_tunnel("add");
+    done("ip -4 route add default dev wg0 table 51820");
+    done("ip -6 route add default dev wg0 table 51820");
+    assert_eq!(to("100.64.0.2"), "wg0");
+    let report = host.repair().await.expect("repaired");
+    sound();
+    assert_eq!(to("198.51.100.1"), "wg0", "what is theirs stays theirs");
+    assert_eq!(to("198.51.100.1 mark 51820"), "eth0");
+    let named = |missing: &[String]| missing.iter().any(|line| line.contains("fwmark 0xca6c lookup 51820"));
+    assert!(named(&report.missing), "{:?}", report.missing);
+    let report = host.repair().await.expect("repaired");
+    assert!(report.changes == 0 && named(&report.missing), "{report:?}");
+    // With an exit node of ours nothing is left to them.
+    let exit = HostState { routes: self::wish().routes, ..wish.clone() };
+    host.apply(&exit).await.expect("it is set up");
+    assert_eq!(to("198.51.100.1"), "lacis0");
+    host.apply(&wish).await.expect("it is set up");
+    full_tunnel("del");
+    let report = host.repair().await.expect("repaired");
+    assert_eq!(report.missing, Vec::<String>::new());
+    assert_eq!(everything(), set_up);
+
+    // What selects other packets, or means just ours, is left where it is.
+    for harmless in [
+        "from 192.168.1.2 lookup 51820",
+        "iif eth0 lookup 51820",
+        "fwmark 0x80000/0xff0000 lookup 51820",
+        "fwmark 0x200/0xf00 lookup 51820",
+        "to 203.0.113.0/24 lookup 51820",
+        "lookup 220",
+    ] {
+        done(&format!("ip rule add pref 100 {harmless}"));
+        let report = host.repair().await.expect("repaired");
+        assert!(report.missing.is_empty() && report.changes == 0, "{harmless}: {report:?}");
+        done(&format!("ip rule del pref 100 {harmless}"));
+    }
+    for harmful in ["to 100.64.0.0/10 lookup main", "unreachable", "from 100.64.0.0/10 lookup 51820"] {
+        done(&format!("ip rule add pref 100 {harmful}"));
+        let report = host.repair().await.expect("repaired");
+        assert!(report.missing.iter().any(|line| line.contains(harmful)), "{harmful}: {report:?}");
+        sound();
+        done(&format!("ip rule del pref 100 {harmful}"));
+        host.repair().await.expect("repaired");
+        assert_eq!(everything(), set_up);
+    }
+    // Nor is there a place between ours.
+    done("ip rule add pref 5260 to 100.64.0.0/10 lookup main");
+    host.repair().await.expect("repaired");
+    sound();
+    done("ip rule del pref 5260");
+    host.repair().await.expect("repaired");
+    assert_eq!(everything(), set_up);
+    // There is no place before the first.
+    done("ip rule add pref 3 to 100.64.0.0/10 lookup main");
+    let report = host.repair().await.expect("repaired");
+    assert!(report.missing.iter().any(|line| line.contains("priority above 5")), "{report:?}");
+    done("ip rule del pref 3");
+    host.repair().await.expect("repaired");
+    host.revert().await;
+}
+
+#[tokio::test]
+async fn what_was_taken_from_the_device_is_named_and_put_back_when_that_is_possible() {
+    if outside("what_was_taken_from_the_device_is_named_and_put_back_when_that_is_possible") {
         return;
     }
     device();
     let dir = tempfile::tempdir().expect("a folder");
-    let mut crashed = host(dir.path()).await;
-    crashed.apply(&wish()).await.expect("it is set up");
-    drop(crashed);
-
-    let mut next = host(dir.path()).await;
-    assert!(!everything().contains("table inet lacis"));
-    let plain = HostState { routes: Routes::default(), firewall: Firewall::default(), ..wish() };
-    next.apply(&plain).await.expect("it is set up");
-    assert_eq!(done("ip route show table 52"), "");
-    assert!(!everything().contains("lacis {"));
+    let mut host = host(dir.path()).await;
+    let state = HostState { firewall: Firewall::default(), ..wish() };
+    host.apply(&state).await.expect("it is set up");
+    let set_up = everything();
+    let index = std::fs::read_to_string("/sys/class/net/lacis0/ifindex");
+    let index =
+        index.unwrap_or_else(|_| done("ip -o link show lacis0").split(':').next().expect("a number").into());
+    let changed = host.watch(index.trim().parse().expect("a number"));
+    let noticed = async || {
+        let wait = tokio::time::timeout(std::time::Duration::from_secs(5), changed.notified());
+        wait.await.expect("it is noticed");
+    };
+    // From the first time on.
+    noticed().await;
+    let set_mtu = |mtu: u32| drop(done(&format!("ip link set lacis0 mtu {mtu}")));
+    let rename = |from: &str, to: &str| drop(done(&format!("ip link set {from} down name {to} up")));
+    let switch = |value: &str| set("net.ipv6.conf.lacis0.disable_ipv6", value);
+    type Act<'a> = &'a dyn Fn();
+    let cases: [(Act<'_>, &str, Act<'_>); 4] = [
+        (&|| switch("1"), "net.ipv6.conf.lacis0.disable_ipv6=0", &|| switch("0")),
+        (&|| set_mtu(600), "too little for IPv6", &|| set_mtu(1280)),
+        (&|| set_mtu(9000), "ip link set lacis0 mtu 1280", &|| set_mtu(1280)),
+        (&|| rename("lacis0", "other0"), "ip link set other0 name lacis0", &|| rename("other0", "lacis0")),
+    ];
+    for (take, words, give) in cases {
+        take();
+        noticed().await;
+        let said = match host.repair().await {
+            Ok(report) => report.missing.join("\n"),
+            Err(error) => error.to_string(),
+        };
+        assert!(said.contains(words), "{words}: {said}");
+        give();
+        let report = host.repair().await.expect("repaired");
+        assert_eq!(report.missing, Vec::<String>::new());
+        assert_eq!(everything(), set_up, "{words}");
+    }
+    done("ip address flush dev lacis0");
+    done("ip -6 address flush dev lacis0 scope global");
+    host.repair().await.expect("repaired");
+    let addresses = done("ip address show dev lacis0");
+    assert!(
+        addresses.contains("100.64.0.1/32") && addresses.contains("fd7a:115c:a1e0::1/128"),
+        "{addresses}"
+    );
+    host.revert().await;
 }
 
 #[tokio::test]
@@ -215,7 +454,7 @@ async fn what_the_host_lacks_is_said() {
 
     set("net.ipv4.ip_forward", "1");
     done("nft insert rule ip filter FORWARD iifname lacis0 accept");
-    let report = host.repair().await;
+    let report = host.repair().await.expect("repaired");
     assert_eq!(report.missing, Vec::<String>::new());
     host.revert().await;
 }
@@ -232,13 +471,13 @@ async fn ipv6_that_the_device_cannot_have_is_no_way_around_an_exit_node() {
     let mut host = host(dir.path()).await;
     host.apply(&wish()).await.expect("it is set up");
     let v6 = done("ip -6 route show table 52");
-    assert!(v6.contains("unreachable default"), "{v6}");
+    assert!(v6.contains("unreachable default") && !v6.contains("lacis0"), "{v6}");
     assert!(!run("ip -6 route get 2001:db8:7::1").0);
     assert_eq!(host.apply(&wish()).await.expect("again").changes, 0);
     set("net.ipv6.conf.lacis0.disable_ipv6", "0");
     host.apply(&wish()).await.expect("it is set up");
     let v6 = done("ip -6 route show table 52");
-    assert!(v6.contains("default dev lacis0") && !v6.contains("unreachable"), "{v6}");
+    assert!(v6.contains("default dev lacis0"), "{v6}");
     host.revert().await;
     assert_eq!(everything(), before);
 }
@@ -284,7 +523,7 @@ async fn in_a_read_only_etc_resolv_conf_is_written_in_place_while_that_is_allowe
     std::fs::write(&file, "nameserver 192.0.2.2\n").expect("a file");
     done(&format!("mount -o remount,bind,ro {folder}"));
     let warns = |warnings: &[String]| warnings.iter().any(|line| line.contains("systemctl restart lacisd"));
-    let warnings = host.repair().await.warnings;
+    let warnings = host.repair().await.expect("repaired").warnings;
     assert!(warns(&warnings), "{warnings:?}");
     let warnings = host.apply(&wish).await.expect("the rest").warnings;
     assert!(warns(&warnings), "it is said as long as it is so: {warnings:?}");

@@ -104,6 +104,10 @@ impl Engine {
     pub(super) fn follow_network(&mut self) {
         let on = self.is_on() && self.map.is_some();
         let was_on = self.netcheck.is_on();
+        if !self.is_on() {
+            // Also what a daemon that was killed has left.
+            self.host.wish(None);
+        }
         if on == was_on {
             return;
         }
@@ -119,7 +123,6 @@ impl Engine {
             self.path_input(lacis_path::Input::Peers(Vec::new()));
             self.tunnel.set_filter(Arc::new(Filter::compile(&[], &[])));
             self.apply_host();
-            self.host.wish(None);
         }
     }
 
@@ -279,11 +282,8 @@ impl Engine {
         let wanted = prefs.corp_dns && !expired;
         let dns = wanted.then(|| lacis_dns::os_config(&names)).flatten();
         self.resolver.set_state(Arc::new(names));
-        self.host.wish(Some(HostState {
-            addresses: map.node.addresses.clone(),
-            routes,
-            firewall: routing::firewall(map, prefs, self.tunnel.udp_port()),
-            dns,
-        }));
+        let firewall = routing::firewall(map, prefs, &routes, self.tunnel.udp_port());
+        let addresses = map.node.addresses.clone();
+        self.host.wish(Some(HostState { addresses, routes, firewall, dns }));
     }
 }

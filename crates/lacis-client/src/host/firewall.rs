@@ -45,6 +45,14 @@ pub struct Firewall {
     pub keep_marks: bool,
     /// The tunnel's UDP ports.
     pub ports: Vec<u16>,
+    /// An exit node is in use: nothing leaves by other devices, but to these networks.
+    pub guard: Option<Vec<IpNet>>,
+    /// Devices of other daemons of this kind, by which the guard lets packets leave.
+    pub neighbours: Vec<String>,
+    /// Bridges whose packets this host does not route, although it sees them pass.
+    pub bridges: Vec<String>,
+    /// Marks did not count in reverse-path filters before, and the daemon makes them count: see [`SET_VALID_MARK`].
+    pub sets_valid_mark: bool,
 }
 
 impl Firewall {
@@ -55,6 +63,11 @@ impl Firewall {
     /// Would something that the user wishes not work without these rules?
     pub(super) fn is_needed(&self) -> bool {
         self.mode != Mode::Off && (!self.routed.is_empty() || self.keep_marks)
+    }
+
+    /// Are marks of connections kept, so that they can count in reverse-path filters?
+    pub(super) fn needs_valid_mark(&self) -> bool {
+        self.mode != Mode::Off && self.keep_marks
     }
 }
 
@@ -73,8 +86,7 @@ pub(super) struct Names {
 impl Names {
     /// `None` for names of devices that rules cannot have: what has a meaning to `nft`.
     pub(super) fn new(device: &str, fwmark: u32, mask: u32) -> Option<Self> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        device.chars().all(plain).then(|| Self {
+        is_plain(device).then(|| Self {
             table: if device == "lacis0" { "lacis".to_owned() } else { format!("lacis-{device}") },
             device: device.to_owned(),
             fwmark,
@@ -88,8 +100,18 @@ impl Names {
     }
 }
 
+/// Has a device a name that `nft` takes for nothing else?
+fn is_plain(device: &str) -> bool {
+    device.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
+/// A chain without rules in `inet lacis`, by which a later start knows that the daemon has set `src_valid_mark`. It lives
+/// as long as that does: neither survives a reboot.
+pub(super) const SET_VALID_MARK: &str = "set-src-valid-mark";
 /// A chain of `inet lacis` and how packets get there.
-const CHAINS: [(&str, &str); 4] = [
+const CHAINS: [(&str, &str); 5] = [
+    // After whatever may change a packet's route.
+    ("guard", "type filter hook output priority filter"),
     ("input", "type filter hook input priority filter"),
     ("forward", "type filter hook forward priority filter"),
     // After connection tracking and before anybody's reverse-path filter.
@@ -101,7 +123,43 @@ const POSTROUTING: (&str, &str) = ("postrouting", "type nat hook postrouting pri
 /// Names of all chains that are ours.
 pub(super) fn is_ours(chain: &str) -> bool {
     let name = chain.strip_prefix("hook-").unwrap_or(chain);
-    CHAINS.iter().chain([&POSTROUTING]).any(|(ours, _)| *ours == name)
+    name == SET_VALID_MARK || CHAINS.iter().chain([&POSTROUTING]).any(|(ours, _)| *ours == name)
+}
+
+/// With an exit node: what may leave by another device than the mesh's. All else ends here.
+fn guard(wish: &Firewall, names: &Names, networks: &[IpNet]) -> Vec<String> {
+    let Names { device, fwmark, mask, .. } = names;
+    let devices = ["lo", device].into_iter().chain(wish.neighbours.iter().map(String::as_str));
+    let devices: Vec<String> =
+        devices.filter(|name| is_plain(name)).map(|name| format!("\"{name}\"")).collect();
+    let mut rules = vec![
+        format!("oifname {{ {} }} return", devices.join(", ")),
+        format!("meta mark & {mask:#010x} == {fwmark:#010x} return"),
+    ];
+    for (family, v6) in [("ip", false), ("ip6", true)] {
+        let nets: Vec<String> = networks
+            .iter()
+            .filter(|net| matches!(net, IpNet::V6(_)) == v6)
+            .map(ToString::to_string)
+            .collect();
+        if !nets.is_empty() {
+            rules.push(format!("{family} daddr {{ {} }} return", nets.join(", ")));
+        }
+    }
+    // What keeps the link itself alive and never leaves it: groups of the link, neighbours, leases.
+    rules.extend(
+        [
+            "ip daddr 224.0.0.0/24 return",
+            "fib daddr type broadcast return",
+            "ip6 daddr { fe80::/10, ff02::/16 } return",
+            "icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } return",
+            "udp sport 68 udp dport 67 return",
+            "udp sport 546 udp dport 547 return",
+            "drop",
+        ]
+        .map(str::to_owned),
+    );
+    rules
 }
 
 fn rules(chain: &str, wish: &Firewall, names: &Names) -> Vec<String> {
@@ -147,6 +205,14 @@ fn rules(chain: &str, wish: &Firewall, names: &Names) -> Vec<String> {
                     "oifname \"{device}\" tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
                 ));
             }
+            if wish.guard.is_some() {
+                let bridges = wish.bridges.iter().filter(|name| is_plain(name));
+                rules.extend(bridges.map(|name| format!("iifname \"{name}\" oifname \"{name}\" return")));
+                rules.push("jump guard".to_owned());
+            }
+        }
+        "guard" => {
+            rules.extend(wish.guard.iter().flat_map(|networks| guard(wish, names, networks)));
         }
         "prerouting" if wish.keep_marks => {
             let set = names.marked("meta", *fwmark);
@@ -213,6 +279,10 @@ pub(super) fn script(wish: &Firewall, names: &Names, with_nat6: bool) -> String 
         if !wanted.contains(&family) {
             let _ = writeln!(script, "delete table {table}");
         } else if family == "inet" {
+            let _ = writeln!(script, "add chain {table} {SET_VALID_MARK}");
+            if !wish.sets_valid_mark {
+                let _ = writeln!(script, "delete chain {table} {SET_VALID_MARK}");
+            }
             for one in CHAINS {
                 chain(&mut script, &table, one, wish.mode, &rules(one.0, wish, names));
             }
@@ -247,6 +317,7 @@ mod tests {
         assert!(text.contains("hook-input jump input") && text.contains("hook-forward jump forward"));
         assert!(!text.contains(" ct ") && !text.contains("masquerade") && !text.contains("accept\n"));
         assert!(text.contains("delete chain inet lacis hook-prerouting"));
+        assert!(text.contains("delete chain inet lacis hook-guard") && !text.contains("jump guard"));
         assert!(text.contains("delete table ip lacis\n") && text.contains("delete table ip6 lacis\n"));
     }
 
@@ -280,6 +351,27 @@ mod tests {
         assert!(text.contains("meta mark set meta mark & 0xff00ffff | 0x00080000"));
         assert!(text.contains("ct mark set ct mark & 0xff00ffff | 0x00080000"));
         assert!(text.contains("udp dport { 41641 }"));
+    }
+
+    #[test]
+    fn with_an_exit_node_nothing_leaves_by_other_devices_but_what_the_link_needs() {
+        let wish = Firewall {
+            guard: Some(vec!["172.17.0.0/16".parse().unwrap()]),
+            neighbours: vec!["tailscale0".into(), "a\"b".into()],
+            bridges: vec!["br0".into()],
+            sets_valid_mark: true,
+            ..router(&[])
+        };
+        let text = script(&wish, &names(), true);
+        let rules: Vec<_> =
+            text.lines().filter_map(|line| line.strip_prefix("add rule inet lacis guard ")).collect();
+        assert_eq!(rules[0], "oifname { \"lo\", \"lacis0\", \"tailscale0\" } return");
+        assert_eq!(rules[1], "meta mark & 0x00ff0000 == 0x00080000 return");
+        assert!(rules.contains(&"ip daddr { 172.17.0.0/16 } return") && rules.last() == Some(&"drop"));
+        assert!(text.contains("add rule inet lacis hook-guard jump guard"));
+        let forwarded = text.find("forward iifname \"br0\" oifname \"br0\" return").unwrap();
+        assert!(forwarded < text.find("add rule inet lacis forward jump guard").unwrap());
+        assert!(!text.contains("delete chain inet lacis set-src-valid-mark"));
     }
 
     #[test]

@@ -90,6 +90,19 @@ pub(super) fn devices() -> Vec<String> {
     names
 }
 
+/// Bridges whose packets pass the firewall of routed ones (the module `br_netfilter`, which Docker loads).
+pub(super) fn filtered_bridges() -> Vec<String> {
+    let filtered = |name: &str| read_sysctl(&format!("net/bridge/{name}")).is_some_and(|value| value != "0");
+    if !filtered("bridge-nf-call-iptables") && !filtered("bridge-nf-call-ip6tables") {
+        return Vec::new();
+    }
+    let Ok(found) = std::fs::read_dir("/sys/class/net") else { return Vec::new() };
+    let bridges = found.filter_map(Result::ok).filter(|entry| entry.path().join("bridge").is_dir());
+    let mut names: Vec<_> = bridges.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

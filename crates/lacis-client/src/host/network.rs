@@ -1,7 +1,9 @@
 //! Addresses, routes and rules, by netlink.
 //!
 //! Routes are in a table of their own, which only unmarked packets are sent to: what the daemon itself sends carries
-//! the mark and never comes back into the tunnel.
+//! the mark and never comes back into the tunnel. With an exit node a second table, the guard, refuses what the first
+//! should have taken: each of them, and each of the rules that lead there, may be swept away without a packet that goes
+//! past. Neither needs the device, so both outlive the daemon.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -10,71 +12,65 @@ use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType};
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::monitor::Monitor;
+use super::rules::{Mesh, Rules};
 use super::{HostError, HostOptions, Report, Routes};
 
-const MAIN_TABLE: u32 = 254;
-const DEFAULT_TABLE: u32 = 253;
-/// Priorities of the rules, in a gap that distributions leave free.
-const MARKED_TO_MAIN: u32 = 5210;
-const MARKED_TO_DEFAULT: u32 = 5230;
-const MARKED_NOWHERE: u32 = 5250;
-const ALL_TO_MESH: u32 = 5270;
+/// The smallest MTU with which the kernel leaves a device its IPv6 (RFC 8200, section 5).
+const MIN_MTU_V6: u32 = 1280;
+const EVERYTHING: [&str; 2] = ["0.0.0.0/0", "::/0"];
 
-/// A rule of ours, in the form that can be compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Rule {
-    v6: bool,
-    priority: u32,
-    /// Only packets with the daemon's mark.
-    marked: bool,
-    /// `None`: unreachable.
-    table: Option<u32>,
-}
-
-/// Where a route of our table leads.
+/// Where a route of ours leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum To {
     Device,
     /// Past the table, to what the host's other rules say.
     Throw,
-    /// Nowhere.
-    Nowhere,
+    Unreachable,
 }
 
 impl To {
     fn of(kind: RouteType) -> Self {
         match kind {
             RouteType::Throw => Self::Throw,
-            RouteType::Unreachable => Self::Nowhere,
+            RouteType::Unreachable => Self::Unreachable,
             _ => Self::Device,
         }
     }
 }
 
-type Route = (IpNet, To);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Route {
+    table: u32,
+    net: IpNet,
+    to: To,
+}
 
 #[derive(Debug)]
 pub(super) struct Network {
     options: HostOptions,
     handle: Handle,
-    _connection: AbortOnDropHandle<()>,
-    warned_of_ipv6: bool,
-    /// Routes that lead into no device and are ours: nothing else tells them from those of another daemon. `None`
-    /// before the first look, which takes those over that a crash has left.
-    deviceless: Option<HashSet<Route>>,
+    /// As `handle`, with the kernel choosing among routes: a host may have a million.
+    tables: Handle,
+    _connections: [AbortOnDropHandle<()>; 2],
+    /// The device that the tunnel has opened.
+    device: Option<u32>,
+    /// Of IPv4 and IPv6.
+    rules: [Rules; 2],
+    monitor: Option<Monitor>,
 }
 
-fn failed(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> HostError {
+pub(super) fn failed(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> HostError {
     let doing = doing.into();
     move |source| HostError::Netlink { doing, source }
 }
 
-/// Somebody else did it already, or undid it.
+/// Another program did it already, or undid it.
 fn is_errno(error: &rtnetlink::Error, errno: i32) -> bool {
     matches!(error, rtnetlink::Error::NetlinkError(message) if message.raw_code() == -errno)
 }
@@ -83,101 +79,202 @@ impl Network {
     pub(super) fn open(options: HostOptions) -> Result<Self, HostError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(HostError::Open)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        Ok(Self { options, handle, _connection: connection, warned_of_ipv6: false, deviceless: None })
+        // Before Linux 4.20 the kernel does not choose, which costs time only.
+        let (choosing, tables, _) = rtnetlink::new_connection_with_strict_check()
+            .or_else(|_| rtnetlink::new_connection())
+            .map_err(HostError::Open)?;
+        let choosing = AbortOnDropHandle::new(tokio::spawn(choosing));
+        Ok(Self {
+            rules: [Rules::new(false, &options), Rules::new(true, &options)],
+            options,
+            handle,
+            tables,
+            _connections: [connection, choosing],
+            device: None,
+            monitor: None,
+        })
+    }
+
+    /// The tunnel has opened this device: from now on changes to it, to our routes and to rules are noticed.
+    pub(super) fn watch(
+        &mut self,
+        device: u32,
+        nft_table: Option<String>,
+    ) -> std::sync::Arc<tokio::sync::Notify> {
+        self.device = Some(device);
+        let monitor = Monitor::start(device, [self.options.table, self.options.guard_table], nft_table);
+        let changed = monitor.changed();
+        self.monitor = Some(monitor);
+        changed
     }
 
     /// The device's index.
     pub(super) async fn index(&self) -> Result<u32, HostError> {
+        Ok(self.link().await?.header.index)
+    }
+
+    async fn link(&self) -> Result<LinkMessage, HostError> {
         let name = &self.options.tun_name;
-        let link = self.handle.link().get().match_name(name.clone()).execute().try_next().await;
-        match link {
-            Ok(Some(link)) => Ok(link.header.index),
-            Ok(None) => Err(HostError::NoDevice(name.clone())),
-            Err(error) if is_errno(&error, libc::ENODEV) => Err(HostError::NoDevice(name.clone())),
-            Err(error) => Err(failed(format!("looking for the device {name}"))(error)),
+        let get = self.handle.link().get();
+        let get = match self.device {
+            Some(index) => get.match_index(index),
+            None => get.match_name(name.clone()),
+        };
+        let link = match get.execute().try_next().await {
+            Ok(Some(link)) => link,
+            Ok(None) => return Err(HostError::NoDevice(name.clone())),
+            Err(error) if is_errno(&error, libc::ENODEV) => return Err(HostError::NoDevice(name.clone())),
+            Err(error) => return Err(failed(format!("looking for the device {name}"))(error)),
+        };
+        let now = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(now) => Some(now),
+            _ => None,
+        });
+        match now {
+            Some(now) if now != name => Err(HostError::Renamed { name: name.clone(), now: now.clone() }),
+            _ => Ok(link),
         }
+    }
+
+    /// Is the mesh's device one that a running daemon has open?
+    pub(super) async fn is_in_use(&self) -> bool {
+        self.link().await.is_ok_and(|link| link.header.flags.contains(LinkFlags::Running))
     }
 
     /// Can the device have IPv6? It can be switched off for that alone, or for the whole host.
-    fn has_ipv6(&mut self) -> bool {
-        let has = !ipv6_is_off("all") && !ipv6_is_off(&self.options.tun_name);
-        if !has && !std::mem::replace(&mut self.warned_of_ipv6, true) {
-            tracing::warn!("IPv6 is switched off on this host: the mesh has only IPv4 here");
-        }
-        has
+    fn has_ipv6(&self) -> bool {
+        !ipv6_is_off("all") && !ipv6_is_off(&self.options.tun_name)
     }
 
-    /// What the table should have. IPv6 without the device is no way around an exit node.
-    fn wanted_routes(routes: &Routes, has_ipv6: bool) -> HashSet<Route> {
-        let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
-        let to = |list: &[IpNet], to| -> Vec<Route> {
-            list.iter().filter(usable).map(|net| (net.trunc(), to)).collect()
-        };
-        let blocked = routes.device.iter().filter(|net| !usable(net) && net.prefix_len() == 0);
-        to(&routes.device, To::Device)
-            .into_iter()
-            .chain(to(&routes.thrown, To::Throw))
-            .chain(blocked.map(|net| (*net, To::Nowhere)))
-            .collect()
+    /// What is wrong with the device, in words.
+    fn ailments(&self, addresses: &[IpNet], link: &LinkMessage) -> Vec<String> {
+        let name = &self.options.tun_name;
+        let mut found = Vec::new();
+        let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        });
+        if let Some(mtu) = mtu.filter(|mtu| *mtu != self.options.mtu) {
+            let wanted = self.options.mtu;
+            let without = if mtu < MIN_MTU_V6 { ", which is too little for IPv6" } else { "" };
+            found.push(format!(
+                "the MTU of {name} is {mtu}{without}; the tunnel's is {wanted}: `ip link set {name} mtu {wanted}`"
+            ));
+        }
+        let switched_off = |of: &&str| ipv6_switch(of).is_some_and(|on| on != "0");
+        let too_small = mtu.is_some_and(|mtu| mtu < MIN_MTU_V6);
+        if !too_small
+            && addresses.iter().any(|net| matches!(net, IpNet::V6(_)))
+            && let Some(of) = ["all", name.as_str()].into_iter().find(switched_off)
+        {
+            found.push(format!(
+                "IPv6 is switched off, so the mesh has only IPv4 here: `sysctl -w net.ipv6.conf.{of}.disable_ipv6=0`"
+            ));
+        }
+        found
+    }
+
+    /// What the tables should have.
+    fn wanted_routes(&self, routes: &Routes, has_ipv6: bool) -> HashSet<Route> {
+        let Self { options: HostOptions { table, guard_table, .. }, .. } = self;
+        let device = routes.device.iter().filter(|net| has_ipv6 || matches!(net, IpNet::V4(_)));
+        let mut wanted: HashSet<Route> =
+            device.map(|net| Route { table: *table, net: net.trunc(), to: To::Device }).collect();
+        for table in [*table, *guard_table].into_iter().take(if routes.guard { 2 } else { 1 }) {
+            wanted.extend(routes.thrown.iter().map(|net| Route { table, net: net.trunc(), to: To::Throw }));
+            if routes.guard {
+                let all = EVERYTHING.iter().filter_map(|net| net.parse().ok());
+                wanted.extend(all.map(|net| Route { table, net, to: To::Unreachable }));
+            }
+        }
+        wanted
     }
 
     pub(super) async fn apply(&mut self, addresses: &[IpNet], routes: &Routes) -> Result<Report, HostError> {
         let has_ipv6 = self.has_ipv6();
-        let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
-        let addresses: HashSet<IpNet> = addresses.iter().filter(usable).copied().collect();
-        // Without IPv6 on the whole host there is nothing to block.
-        let has_rules = has_ipv6 || !ipv6_is_off("all");
-        let mut routes = Self::wanted_routes(routes, has_ipv6);
-        routes.retain(|(net, _)| has_rules || matches!(net, IpNet::V4(_)));
-        let index = self.index().await?;
+        // A kernel without IPv6 has nothing to refuse.
+        let has_rules = ipv6_switch("all").is_some();
+        let mut wanted = self.wanted_routes(routes, has_ipv6);
+        wanted.retain(|route| has_rules || matches!(route.net, IpNet::V4(_)));
         let mut report = Report::default();
 
+        // What needs no device comes first: it is what is left if the rest fails.
+        let link = self.link().await;
+        let index = link.as_ref().map_or(0, |link| link.header.index);
+        let there = self.routes(index).await?;
+        let present: HashSet<Route> = there.iter().map(|(route, _)| *route).collect();
+        let missing = |device: bool| {
+            wanted.difference(&present).filter(move |route| (route.to == To::Device) == device).copied()
+        };
+        for route in missing(false) {
+            self.add_route(route, index).await?;
+            report.changes += 1;
+        }
+        let families = if has_rules { 2 } else { 1 };
+        for rules in self.rules.iter_mut().take(families) {
+            report.changes += rules.add_missing(&self.handle).await?;
+        }
+
+        let link = link?;
+        if !link.header.flags.contains(LinkFlags::Up) {
+            let up = self.handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await;
+            up.map_err(failed(format!("setting {} up", self.options.tun_name)))?;
+            report.changes += 1;
+        }
+        let usable = |net: &&IpNet| has_ipv6 || matches!(net, IpNet::V4(_));
+        let own: HashSet<IpNet> = addresses.iter().filter(usable).copied().collect();
         let present = self.addresses(index).await?;
-        for net in addresses.difference(&present) {
+        for net in own.difference(&present) {
             let added = self.handle.address().add(index, net.addr(), net.prefix_len()).execute().await;
             ignore(added, libc::EEXIST).map_err(failed(format!("adding the address {net}")))?;
             report.changes += 1;
         }
-        self.rules(has_rules, &mut report).await?;
-        let there = self.routes(index).await?;
-        let present: HashSet<Route> = there.iter().map(|(route, _)| *route).collect();
         // Before anything is taken away, so that there is no moment without a route.
-        for (net, to) in routes.difference(&present) {
-            let route = self.route(*net, *to, index);
-            let added = self.handle.route().add(route).replace().execute().await;
-            added.map_err(failed(format!("adding the route to {net}")))?;
-            if *to != To::Device {
-                self.deviceless.get_or_insert_default().insert((*net, *to));
-            }
+        for route in missing(true) {
+            self.add_route(route, index).await?;
             report.changes += 1;
         }
+        let mesh = Mesh { addresses, routes: &routes.device };
+        for rules in self.rules.iter_mut().take(families) {
+            report.changes += rules.put_first(&self.handle, mesh).await?;
+            report
+                .missing
+                .extend(rules.found().filter(|line| !report.missing.contains(line)).collect::<Vec<_>>());
+        }
+        if let Some(monitor) = &self.monitor {
+            monitor.follow_tables(self.rules.iter().flat_map(|rules| rules.tables_before()).copied());
+        }
         for (route, message) in there {
-            if routes.contains(&route) {
+            if wanted.contains(&route) {
                 continue;
             }
             let removed = self.handle.route().del(message).execute().await;
-            ignore(removed, libc::ESRCH).map_err(failed(format!("removing the route to {}", route.0)))?;
-            self.deviceless.get_or_insert_default().remove(&route);
+            ignore(removed, libc::ESRCH).map_err(failed(format!("removing the route to {}", route.net)))?;
             report.changes += 1;
         }
-        for net in self.addresses(index).await?.difference(&addresses) {
+        for net in self.addresses(index).await?.difference(&own) {
             self.remove_address(index, *net).await?;
             report.changes += 1;
         }
+        report.missing.extend(self.ailments(addresses, &link));
         Ok(report)
+    }
+
+    async fn add_route(&self, route: Route, index: u32) -> Result<(), HostError> {
+        let added = self.handle.route().add(self.route(route, index)).replace().execute().await;
+        added.map_err(failed(format!("adding the route to {}", route.net)))
     }
 
     /// Undoes it all. The device may be gone already, and everything on it.
     pub(super) async fn revert(&mut self) {
         let index = self.index().await;
-        // Routes that go past the table are not gone with the device. No device has the number 0.
+        // Routes that lead into no device are not gone with it. No device has the number 0.
         if let Ok(routes) = self.routes(*index.as_ref().unwrap_or(&0)).await {
-            for ((net, _), message) in routes {
+            for (route, message) in routes {
                 let removed = ignore(self.handle.route().del(message).execute().await, libc::ESRCH);
-                log(removed, &format!("removing the route to {net}"));
+                log(removed, &format!("removing the route to {}", route.net));
             }
         }
-        self.deviceless = Some(HashSet::new());
         if let Ok(index) = index
             && let Ok(addresses) = self.addresses(index).await
         {
@@ -187,11 +284,34 @@ impl Network {
                 }
             }
         }
-        for v6 in [false, true] {
-            for (_, message) in self.present_rules(v6).await.unwrap_or_default() {
-                log(self.handle.rule().del(message).execute().await, "removing a rule");
-            }
+        for rules in &mut self.rules {
+            rules.remove(&self.handle).await;
         }
+    }
+
+    /// Names of devices of other daemons, whose routes are in the mesh's table as well.
+    pub(super) async fn neighbours(&self) -> Vec<String> {
+        let index = self.index().await.unwrap_or(0);
+        let mut found: Vec<u32> = Vec::new();
+        for message in self.table(self.options.table).await.unwrap_or_default() {
+            let device = parse_route(&message, self.options.table).and_then(|(_, device, _)| device);
+            found.extend(
+                device.filter(|device| To::of(message.header.kind) == To::Device && *device != index),
+            );
+        }
+        found.sort_unstable();
+        found.dedup();
+        let mut names = Vec::new();
+        for device in found {
+            let link = self.handle.link().get().match_index(device).execute().try_next().await;
+            names.extend(link.ok().flatten().into_iter().flat_map(|link| link.attributes).find_map(
+                |attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name),
+                    _ => None,
+                },
+            ));
+        }
+        names
     }
 
     async fn addresses(&self, index: u32) -> Result<HashSet<IpNet>, HostError> {
@@ -225,160 +345,97 @@ impl Network {
         Ok(())
     }
 
-    fn route(&self, net: IpNet, to: To, index: u32) -> RouteMessage {
+    fn route(&self, route: Route, index: u32) -> RouteMessage {
+        let Route { table, net, to } = route;
         let mut message = match net {
             IpNet::V4(net) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
                 .destination_prefix(net.addr(), net.prefix_len())
-                .table_id(self.options.table)
+                .table_id(table)
                 .build(),
             IpNet::V6(net) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
                 .destination_prefix(net.addr(), net.prefix_len())
-                .table_id(self.options.table)
+                .table_id(table)
                 .build(),
         };
         match to {
             To::Device => message.attributes.push(RouteAttribute::Oif(index)),
             To::Throw => message.header.kind = RouteType::Throw,
-            To::Nowhere => message.header.kind = RouteType::Unreachable,
+            To::Unreachable => message.header.kind = RouteType::Unreachable,
         }
-        if to == To::Device && matches!(net, IpNet::V4(_)) {
+        if to != To::Device {
+            message.attributes.push(RouteAttribute::Priority(metric(&self.options.tun_name)));
+        } else if matches!(net, IpNet::V4(_)) {
             message.header.scope = RouteScope::Link;
         }
         message
     }
 
-    /// The routes of our table that are ours: those that lead into the device, and those that lead into none.
-    async fn routes(&mut self, index: u32) -> Result<Vec<(Route, RouteMessage)>, HostError> {
+    /// All routes of a table.
+    async fn table(&self, table: u32) -> Result<Vec<RouteMessage>, HostError> {
         let mut all = Vec::new();
-        let mut of_others = false;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut ask = RouteMessage::default();
             ask.header.address_family = family;
-            let get = self.handle.route().get(ask).execute();
-            let messages: Vec<_> = get.try_collect().await.map_err(failed("reading the routes"))?;
-            for message in messages {
-                let Some((net, device)) = parse_route(&message, self.options.table) else { continue };
-                match (To::of(message.header.kind), device) {
-                    (To::Device, Some(device)) if device == index => all.push(((net, To::Device), message)),
-                    (To::Device, _) => of_others = true,
-                    (to, _) => all.push(((net, to), message)),
-                }
+            ask.attributes.push(RouteAttribute::Table(table));
+            let get = self.tables.route().get(ask).execute();
+            let found: Result<Vec<_>, _> = get.try_collect().await;
+            match found {
+                Ok(found) => all.extend(found),
+                // A table that never had a route of this family.
+                Err(error) if is_errno(&error, libc::ENOENT) => {}
+                Err(error) => return Err(failed("reading the routes")(error)),
             }
         }
-        let deviceless = self.deviceless.get_or_insert_with(|| {
-            let found = all.iter().map(|(route, _)| *route).filter(|(_, to)| *to != To::Device);
-            if of_others { HashSet::new() } else { found.collect() }
-        });
-        all.retain(|(route, _)| route.1 == To::Device || deviceless.contains(route));
         Ok(all)
     }
 
-    fn wanted_rules(&self, v6: bool) -> [Rule; 4] {
-        let rule = |priority, marked, table| Rule { v6, priority, marked, table };
-        [
-            rule(MARKED_TO_MAIN, true, Some(MAIN_TABLE)),
-            rule(MARKED_TO_DEFAULT, true, Some(DEFAULT_TABLE)),
-            rule(MARKED_NOWHERE, true, None),
-            rule(ALL_TO_MESH, false, Some(self.options.table)),
-        ]
-    }
-
-    /// Our rules that are there, with the messages that remove them.
-    async fn present_rules(&self, v6: bool) -> Result<Vec<(Rule, RuleMessage)>, HostError> {
-        let version = if v6 { IpVersion::V6 } else { IpVersion::V4 };
-        let get = self.handle.rule().get(version).execute();
-        let messages: Vec<_> = get.try_collect().await.map_err(failed("reading the routing rules"))?;
-        let wanted = self.wanted_rules(v6);
-        let ours = messages.into_iter().filter_map(|message| {
-            let rule = self.parse_rule(v6, &message)?;
-            wanted.contains(&rule).then_some((rule, message))
-        });
-        Ok(ours.collect())
-    }
-
-    fn parse_rule(&self, v6: bool, message: &RuleMessage) -> Option<Rule> {
-        let mut rule = Rule { v6, priority: 0, marked: false, table: Some(message.header.table.into()) };
-        for attribute in &message.attributes {
-            match attribute {
-                RuleAttribute::Priority(priority) => rule.priority = *priority,
-                RuleAttribute::FwMark(mark) if *mark == self.options.fwmark => rule.marked = true,
-                RuleAttribute::FwMark(0) => {}
-                RuleAttribute::FwMark(_) => return None,
-                RuleAttribute::Table(table) => rule.table = Some(*table),
-                RuleAttribute::Iifname(_)
-                | RuleAttribute::Oifname(_)
-                | RuleAttribute::Source(_)
-                | RuleAttribute::Destination(_) => return None,
-                _ => {}
+    /// Our routes: those that lead into the device, and those that lead into none and have our metric. Other daemons
+    /// may use the same tables.
+    async fn routes(&self, index: u32) -> Result<Vec<(Route, RouteMessage)>, HostError> {
+        let own_metric = metric(&self.options.tun_name);
+        let mut all = Vec::new();
+        for table in [self.options.table, self.options.guard_table] {
+            for message in self.table(table).await? {
+                let Some((net, device, metric)) = parse_route(&message, table) else { continue };
+                let to = To::of(message.header.kind);
+                let ours = if to == To::Device { device == Some(index) } else { metric == own_metric };
+                if ours {
+                    all.push((Route { table, net, to }, message));
+                }
             }
         }
-        match message.header.action {
-            RuleAction::ToTable => {}
-            RuleAction::Unreachable => rule.table = None,
-            _ => return None,
-        }
-        Some(rule)
+        Ok(all)
     }
+}
 
-    async fn rules(&self, has_ipv6: bool, report: &mut Report) -> Result<(), HostError> {
-        for v6 in [false, true] {
-            if v6 && !has_ipv6 {
-                continue;
-            }
-            let present: Vec<Rule> = match self.present_rules(v6).await {
-                Ok(present) => present.into_iter().map(|(rule, _)| rule).collect(),
-                // A kernel without IPv6 rules has nothing to compare.
-                Err(_) if v6 => continue,
-                Err(error) => return Err(error),
-            };
-            for rule in self.wanted_rules(v6).iter().filter(|rule| !present.contains(rule)) {
-                self.add_rule(*rule).await?;
-                report.changes += 1;
-            }
-        }
-        Ok(())
-    }
+/// The metric of our routes that lead into no device: below those that do, and another for each device, so that what a
+/// daemon that was killed left is found again and what another one has made is not.
+fn metric(device: &str) -> u32 {
+    // FNV-1a.
+    let hash =
+        device.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash | 0x8000_0000
+}
 
-    async fn add_rule(&self, rule: Rule) -> Result<(), HostError> {
-        let add = self.handle.rule().add().priority(rule.priority);
-        let add = match rule.table {
-            Some(table) => add.table_id(table).action(RuleAction::ToTable),
-            None => add.table_id(0).action(RuleAction::Unreachable),
-        };
-        let attributes = |message: &mut RuleMessage| {
-            if rule.marked {
-                message.attributes.push(RuleAttribute::FwMark(self.options.fwmark));
-                message.attributes.push(RuleAttribute::FwMask(self.options.fwmark_mask));
-            }
-        };
-        let added = if rule.v6 {
-            let mut add = add.v6();
-            attributes(add.message_mut());
-            add.execute().await
-        } else {
-            let mut add = add.v4();
-            attributes(add.message_mut());
-            add.execute().await
-        };
-        ignore(added, libc::EEXIST).map_err(failed(format!("adding the routing rule {}", rule.priority)))
-    }
+fn ipv6_switch(scope: &str) -> Option<String> {
+    super::forwarding::read_sysctl(&format!("net/ipv6/conf/{scope}/disable_ipv6"))
 }
 
 fn ipv6_is_off(scope: &str) -> bool {
-    let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
-    std::fs::read_to_string(path).map_or(true, |text| text.trim() != "0")
+    ipv6_switch(scope).is_none_or(|value| value != "0")
 }
 
-/// The destination and the device of a route, if it is one of this table.
-fn parse_route(message: &RouteMessage, table: u32) -> Option<(IpNet, Option<u32>)> {
+/// The destination, the device and the metric of a route, if it is one of this table.
+fn parse_route(message: &RouteMessage, table: u32) -> Option<(IpNet, Option<u32>, u32)> {
     let mut of = u32::from(message.header.table);
-    let (mut destination, mut device) = (None, None);
+    let (mut destination, mut device, mut metric) = (None, None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(id) => of = *id,
             RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(IpAddr::V4(*ip)),
             RouteAttribute::Destination(RouteAddress::Inet6(ip)) => destination = Some(IpAddr::V6(*ip)),
             RouteAttribute::Oif(index) => device = Some(*index),
+            RouteAttribute::Priority(priority) => metric = *priority,
             _ => {}
         }
     }
@@ -388,17 +445,17 @@ fn parse_route(message: &RouteMessage, table: u32) -> Option<(IpNet, Option<u32>
         IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)
     };
     let net = IpNet::new(destination.unwrap_or(everywhere), message.header.destination_prefix_length).ok()?;
-    (of == table).then_some((net, device))
+    (of == table).then_some((net, device, metric))
 }
 
-fn ignore(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), rtnetlink::Error> {
+pub(super) fn ignore(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), rtnetlink::Error> {
     match result {
         Err(error) if is_errno(&error, errno) => Ok(()),
         other => other,
     }
 }
 
-fn log(result: Result<(), rtnetlink::Error>, doing: &str) {
+pub(super) fn log(result: Result<(), rtnetlink::Error>, doing: &str) {
     if let Err(error) = result {
         tracing::warn!(%error, "{doing} failed");
     }

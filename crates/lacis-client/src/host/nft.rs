@@ -50,6 +50,8 @@ pub(super) struct Nft {
     names: Option<Names>,
     device: String,
     applied: Option<Applied>,
+    /// An earlier daemon may have left tables.
+    is_unknown: bool,
     /// The kernel has refused to masquerade IPv6.
     no_nat6: bool,
     /// What [`Nft::forward_drops`] found, and at which generation.
@@ -67,7 +69,25 @@ struct Applied {
 impl Nft {
     pub(super) fn new(device: &str, fwmark: u32, mask: u32) -> Self {
         let names = Names::new(device, fwmark, mask);
-        Self { names, device: device.to_owned(), applied: None, no_nat6: false, drops: (None, Vec::new()) }
+        Self {
+            names,
+            device: device.to_owned(),
+            applied: None,
+            is_unknown: true,
+            no_nat6: false,
+            drops: (None, Vec::new()),
+        }
+    }
+
+    /// The name of our tables.
+    pub(super) fn table(&self) -> Option<String> {
+        self.names.as_ref().map(|names| names.table.clone())
+    }
+
+    /// Has an earlier daemon, which could not put it back, set `src_valid_mark`?
+    pub(super) async fn has_set_valid_mark(&self) -> bool {
+        let Some(names) = &self.names else { return false };
+        run(&["list", "chain", "inet", &names.table, firewall::SET_VALID_MARK], "").await.is_ok()
     }
 
     /// Does this host masquerade IPv6?
@@ -79,7 +99,7 @@ impl Nft {
     pub(super) async fn apply(&mut self, wish: &Firewall) -> Result<bool, NftError> {
         if wish.mode == Mode::Off {
             let had = self.applied.is_some();
-            if had {
+            if had || self.is_unknown {
                 self.clean().await;
             }
             return Ok(had);
@@ -101,6 +121,7 @@ impl Nft {
         let generation = generation();
         let listing = listing(wish, &names, !self.no_nat6).await?;
         self.applied = Some(Applied { wish: wish.clone(), listing, generation });
+        self.is_unknown = false;
         Ok(true)
     }
 
@@ -125,6 +146,7 @@ impl Nft {
     pub(super) async fn clean(&mut self) {
         let Some(names) = &self.names else { return };
         let had = self.applied.take().is_some();
+        self.is_unknown = false;
         let tables = match run(&["list", "tables"], "").await {
             Ok(tables) => tables,
             // Then it has not put anything there either.
