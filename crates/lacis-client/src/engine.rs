@@ -221,6 +221,8 @@ pub(crate) struct Engine {
     logout_outcomes: mpsc::Receiver<Outcome>,
     /// The user accepts another key of the control server, once.
     accept_new_key: bool,
+    /// When `start` began a login with a new key and an auth key.
+    reauth_began: Option<Instant>,
     /// Where a person must sign in.
     auth_url: Option<String>,
     /// Why the control server cannot be reached, or refuses us.
@@ -314,6 +316,7 @@ impl Engine {
             logouts,
             logout_outcomes,
             accept_new_key: false,
+            reauth_began: None,
             auth_url: None,
             trouble: None,
             retry_at: None,

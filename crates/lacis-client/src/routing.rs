@@ -446,7 +446,10 @@ mod tests {
     fn a_4via6_route_is_forwarded_as_ipv4_and_its_peers_without_ipv4_have_a_stand_in() {
         let routes = nets(&["fd7a:115c:a1e0:b1a:0:7:a01:0/112", "fd00:1::/64"]);
         let prefs = Prefs { advertise_routes: routes, ..Prefs::default() };
-        assert_eq!(firewall(&map(), &prefs, &Routes::default(), (1, 1)).routed, nets(&["10.1.0.0/16", "fd00:1::/64"]));
+        assert_eq!(
+            firewall(&map(), &prefs, &Routes::default(), (1, 1)).routed,
+            nets(&["10.1.0.0/16", "fd00:1::/64"])
+        );
         let mut map = map();
         assert!(!has(&host_routes(&map, &prefs, &lan()).device, "192.0.0.8/32"));
         let only_v6 = Node { id: NodeId(9), addresses: nets(&["fd7a:115c:a1e0::9/128"]), ..Node::default() };

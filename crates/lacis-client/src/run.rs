@@ -172,12 +172,7 @@ pub async fn cleanup(options: &Options) -> Result<(), Error> {
 }
 
 fn host_options(options: &Options) -> HostOptions {
-    HostOptions {
-        tun_name: options.tun.clone(),
-        fwmark: FWMARK,
-        table: TABLE,
-        ..HostOptions::default()
-    }
+    HostOptions { tun_name: options.tun.clone(), fwmark: FWMARK, table: TABLE, ..HostOptions::default() }
 }
 
 /// Can this process send from ports below 1024? A taken port says yes as well.

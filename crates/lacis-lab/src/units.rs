@@ -173,7 +173,8 @@ mod tests {
         assert_eq!(unit.command.last().unwrap(), "--verbose");
         assert!(unit.notify && unit.restart == "always" && unit.restart_prevent == [78]);
         assert_eq!(unit.environment_files, ["-/etc/default/lacisd"]);
-        assert_eq!((unit.state, unit.runtime), (vec!["lacis".to_owned()], vec!["lacis".to_owned()]));
+        assert_eq!(unit.state, ["lacis"]);
+        assert_eq!(unit.runtime, ["lacis", "wireguard"]);
         let unit = of(Service::Coordinator, &[]).unwrap();
         assert_eq!(unit.reload[0], ["/bin/kill", "-HUP", "$MAINPID"]);
         assert_eq!(unit.reload[1], ["/run/lab/bin/lacis", "admin", "policy", "reload"]);

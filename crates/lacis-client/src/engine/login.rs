@@ -20,6 +20,8 @@ use crate::routing::{is_default_route, wants_exit};
 const RETRY_REFUSED: Duration = Duration::from_secs(30);
 /// Whoever logs in is told after this that the control server is out of reach; it may be the wrong URL.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(5);
+/// For so long `login-interactive` belongs to the `start` before it.
+const REAUTH: Duration = Duration::from_secs(5);
 /// A name in DNS.
 const HOSTNAME: usize = 253;
 const LABEL: usize = 63;
@@ -191,8 +193,9 @@ impl Engine {
         // An expired key is not offered again: an auth key that can be used once would be spent on it.
         let expired = self.map.as_ref().is_some_and(|map| is_expired(&map.node, OffsetDateTime::now_utc()));
         if !options.auth_key.is_empty() {
-            let new_key = self.saved.node_key.is_none() || expired;
+            let new_key = options.force_reauth || self.saved.node_key.is_none() || expired;
             self.login(Some(AuthKey::new(options.auth_key)), new_key);
+            self.reauth_began = options.force_reauth.then(Instant::now);
         } else if self.saved.node_key.is_some() {
             // Ask the server again: it may want more than before.
             self.login(None, expired);
@@ -203,15 +206,14 @@ impl Engine {
     /// Signs in anew, even if this node is signed in.
     pub(super) fn login_interactive(&mut self) -> Result<(), String> {
         self.check_not_leaving()?;
-        let auth_key = match self.login.take() {
-            // The login that `start` began for a node without a key is what is wanted.
-            Some(login) if login.new_key => {
-                self.login = Some(login);
-                return Ok(());
-            }
-            Some(login) => login.auth_key,
-            None => None,
-        };
+        // `up --force-reauth` asks for this right after `start`, which has done it, and may be through with it: the
+        // auth key must not be lost.
+        let done = self.reauth_began.take().is_some_and(|at| at.elapsed() < REAUTH);
+        // So with the login that `start` began for a node without a key.
+        if done || self.login.as_ref().is_some_and(|login| login.new_key) {
+            return Ok(());
+        }
+        let auth_key = self.login.take().and_then(|login| login.auth_key);
         self.login(auth_key, true);
         Ok(())
     }

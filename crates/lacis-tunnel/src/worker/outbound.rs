@@ -36,7 +36,7 @@ impl Worker {
         };
         let packet = &mut packet[..parsed.len];
         if parsed.dst == QUAD100_V4 || parsed.dst == QUAD100_V6 {
-            return self.to_resolver(header, packet);
+            return self.ask_resolver(header, packet);
         }
         if parsed.proto == protocol::TSMP {
             counters.out_filtered.add(1);
@@ -106,7 +106,7 @@ impl Worker {
     }
 
     /// Takes a packet to the resolver's addresses.
-    fn to_resolver(&mut self, header: VnetHeader, packet: &mut [u8]) {
+    fn ask_resolver(&mut self, header: VnetHeader, packet: &mut [u8]) {
         let Self { coalescer, responder, out, tun, shared, .. } = self;
         let counters = &shared.counters;
         let result = segment(header, packet, |packet| {
