@@ -29,7 +29,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use zeroize::Zeroizing;
 
-use crate::error::chain;
+use lacis_serve::log::chain;
 
 /// A stream that says nothing for this long is dead: servers send keep-alives every minute or so.
 const STREAM_SILENCE: Duration = Duration::from_mins(2);

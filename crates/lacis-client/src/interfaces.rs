@@ -77,7 +77,7 @@ fn select(links: &[LinkMessage], addresses: &[AddressMessage], tun_index: u32) -
     let found = addresses.iter().filter(|message| is_settled(message)).filter_map(|message| {
         let device = message.header.index;
         let address = Address { ip: ip(message)?, device };
-        let foreign_mesh = tunnels.contains(&device) && is_mesh_address(address.ip);
+        let foreign_mesh = tunnels.contains(&device) && lacis_dns::is_mesh(address.ip);
         (working.contains(&device) && !foreign_mesh).then_some(address)
     });
     let networks = addresses
@@ -148,14 +148,6 @@ fn ip(message: &AddressMessage) -> Option<IpAddr> {
     find(|attribute| if let AddressAttribute::Local(ip) = attribute { Some(*ip) } else { None }).or_else(
         || find(|attribute| if let AddressAttribute::Address(ip) = attribute { Some(*ip) } else { None }),
     )
-}
-
-/// Is it of the ranges from which meshes give addresses to their nodes?
-fn is_mesh_address(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => is_shared(ip),
-        IpAddr::V6(ip) => ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0],
-    }
 }
 
 /// 100.64.0.0/10: carriers and meshes use it.

@@ -19,7 +19,8 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::interfaces::{self, Devices, Lan};
 use crate::metered::Metered;
 
-const GROUPS: [MulticastGroup; 7] = [
+/// All that says how this host is connected.
+pub(crate) const GROUPS: [MulticastGroup; 7] = [
     MulticastGroup::Link,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv6Ifaddr,

@@ -232,7 +232,7 @@ pub(crate) async fn measure(means: Means<'_>, depth: Depth) -> Findings {
 fn answered(took: &Result<Duration, ConnectError>) -> Result<(), String> {
     match took {
         Ok(_) | Err(ConnectError::NotRelay { .. }) => Ok(()),
-        Err(error) => Err(text::plain(&crate::error::chain(error)).into_owned()),
+        Err(error) => Err(text::plain(&lacis_serve::log::chain(error)).into_owned()),
     }
 }
 

@@ -91,7 +91,7 @@ impl From<AdminError> for Failure {
             AdminError::Refused(_) => (StatusCode::CONFLICT, None),
             AdminError::Store(_) | AdminError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
-        Self(status, ApiError { error: fault::chain(&error), hint })
+        Self(status, ApiError { error: lacis_serve::log::chain(&error), hint })
     }
 }
 

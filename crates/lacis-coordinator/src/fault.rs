@@ -7,7 +7,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use lacis_serve::log::LogLimiter;
+use lacis_serve::log::{LogLimiter, chain};
 
 /// An extension of a response: why it is one.
 #[derive(Clone, Debug)]
@@ -23,20 +23,6 @@ pub(crate) fn with_cause(cause: impl Into<Arc<str>>, answer: impl IntoResponse) 
     let mut response = answer.into_response();
     response.extensions_mut().insert(Cause(cause.into()));
     response
-}
-
-/// An error with its sources; some name theirs themselves.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        source = error.source();
-    }
-    text
 }
 
 /// Middleware around all routes.
@@ -59,19 +45,4 @@ pub(crate) async fn log(State(limiter): State<Arc<LogLimiter>>, request: Request
         }
     }
     answer
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("the page was not made")]
-    struct Outer(#[source] std::io::Error);
-
-    #[test]
-    fn a_cause_is_said_with_what_is_below_it() {
-        let full = std::io::Error::other("no space left on device");
-        assert_eq!(chain(&Outer(full)), "the page was not made: no space left on device");
-    }
 }

@@ -56,7 +56,7 @@ pub fn map(core: &Core, session: &Session, request: MapRequest) -> Response {
         Err(error) => {
             let text = "the network map could not be encoded";
             fault::with_cause(
-                format!("{text} for {}: {}", node.name, fault::chain(&error)),
+                format!("{text} for {}: {}", node.name, lacis_serve::log::chain(&error)),
                 (StatusCode::INTERNAL_SERVER_ERROR, text),
             )
         }

@@ -8,7 +8,6 @@ use lacis_wire::control::{Login, RegisterRequest, RegisterResponse, User};
 
 use crate::core::registration::{Applicant, Member, Refused};
 use crate::core::{Core, now};
-use crate::fault;
 use crate::inner::Session;
 
 /// Answers a registration.
@@ -20,7 +19,7 @@ pub async fn register(core: &Core, session: &Session, request: RegisterRequest) 
         Err(refused @ (Refused::Store(_) | Refused::Random(_))) => {
             if let Some(suppressed) = core.log().allow("registration failed", ()) {
                 let (machine, remote) = (session.machine, session.remote);
-                tracing::error!(%machine, %remote, cause = fault::chain(&refused), suppressed, "registration failed");
+                tracing::error!(%machine, %remote, cause = lacis_serve::log::chain(&refused), suppressed, "registration failed");
             }
             RegisterResponse { error: refused.to_string(), ..RegisterResponse::default() }
         }

@@ -113,7 +113,7 @@ impl Slot {
     }
 
     fn used(&self) -> MutexGuard<'_, Instant> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.used)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Log lines that others cause: a few of a kind by source, so that nobody fills a disk or hides other lines.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::hash::{BuildHasher as _, Hash, RandomState};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +19,20 @@ const REFILL_ALL: Duration = Duration::from_secs(2);
 const MAX_SOURCES: usize = 1024;
 /// How often a full table is searched for sources to forget.
 const PRUNE_EVERY: Duration = Duration::from_secs(1);
+
+/// An error with its sources, in one line. Some name theirs themselves.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text
+}
 
 /// A token bucket.
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +128,16 @@ impl LogLimiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the page was not made")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn a_cause_is_said_with_what_is_below_it() {
+        let full = std::io::Error::other("no space left on device");
+        assert_eq!(chain(&Outer(full)), "the page was not made: no space left on device");
+    }
 
     #[test]
     fn a_source_has_a_few_lines_of_a_kind_and_the_rest_is_counted() {

@@ -11,7 +11,7 @@ use lacis_wire::io::{ControlClient, ControlDialer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, timeout};
 
-use crate::error::chain;
+use lacis_serve::log::chain;
 
 const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 20\r\n\r\nunknown c2n request\n";
 

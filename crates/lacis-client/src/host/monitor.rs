@@ -9,21 +9,13 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
-use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
-const GROUPS: [MulticastGroup; 7] = [
-    MulticastGroup::Link,
-    MulticastGroup::Ipv4Ifaddr,
-    MulticastGroup::Ipv6Ifaddr,
-    MulticastGroup::Ipv4Route,
-    MulticastGroup::Ipv6Route,
-    MulticastGroup::Ipv4Rule,
-    MulticastGroup::Ipv6Rule,
-];
+use crate::links::GROUPS;
+
 /// After netlink failed.
 const RETRY: Duration = Duration::from_secs(2);
 const NETLINK_NETFILTER: isize = 12;
