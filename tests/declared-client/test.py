@@ -6,6 +6,7 @@ KEY = "/tmp/auth-key"
 
 
 def new_key(server):
+    # The second time it is there already; if it is not, the next command fails.
     server.succeed("lacis admin users create family || true")
     made = json.loads(server.succeed("lacis admin keys create --user family --json"))["key"]
     alice.succeed(f"umask 077; printf %s {made} > {KEY}")
@@ -20,6 +21,7 @@ def up(url="https://mesh.example.org", flags="", succeeds=True):
 
 def changes():
     """How often the state of the daemon has changed."""
+    # `grep -c` prints 0 and ends 1 where there is none.
     return int(alice.succeed("journalctl -u lacisd | grep -c 'from=.*to=' || true"))
 
 
